@@ -1,0 +1,43 @@
+"Shared fixtures. Real DAVIS clips come from TIMET_DATA, pip-shipped weights from the cache or the registry."
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("IN_TEST", "1")
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    "The folder with davis2016/, davis2016_train/ and evaluator/."
+    where = os.environ.get("TIMET_DATA", "")
+    if not where: pytest.skip("TIMET_DATA is not set: it names the folder with davis2016/, davis2016_train/, evaluator/")
+    root = Path(where)
+    if not (root / "davis2016").is_dir(): pytest.skip(f"TIMET_DATA={where} holds no davis2016/ folder")
+    return root
+
+
+@pytest.fixture(scope="session")
+def vit():
+    "The pip-shipped ViT-S/14, loaded once; skips when neither the cache nor the registry has it."
+    from timet_nb.base.runtime import CheckpointError
+    from timet_nb.features.backbone import create_backbone
+    try: return create_backbone("dinov2-s14-imgfocus")
+    except CheckpointError as e: pytest.skip(f"the pip-shipped ViT cannot be had: {str(e).splitlines()[0]}")
