@@ -9,8 +9,9 @@ __all__ = ['Schedule', 'cosine', 'constant', 'stepwise', 'param_groups', 'decay_
            'ResumableSampler', 'Seeded', 'make_loader', 'ranks', 'all_sum', 'all_gather_rows', 'ema_update', 'Saved',
            'CheckpointStore', 'folder_lock', 'load_history', 'FitResult', 'NonFiniteLoss', 'feed', 'fit']
 
-# %% ../../nbs/0_base/04_train.ipynb #13eebf48
+# %% ../../nbs/0_base/04_train.ipynb #34948b2e
 import contextlib, csv, hashlib, io, json, math, os, random, re, shutil, signal, socket, sys, threading, time, warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -369,11 +370,11 @@ def _sync_folder(path):
 
 def _sha256(data): return hashlib.sha256(data).hexdigest()
 
-# %% ../../nbs/0_base/04_train.ipynb #09a90a84
+# %% ../../nbs/0_base/04_train.ipynb #6d69f3c0
 def _plain(x, where):
     "Refuse anything that torch.load(weights_only=True) would not give back."
     if x is None or type(x) in (bool, int, float, str, bytes) or isinstance(x, Tensor): return
-    if isinstance(x, dict):
+    if type(x) in (dict, OrderedDict):
         for k, v in x.items(): _plain(k, f"{where} key"); _plain(v, f"{where}[{k!r}]")
     elif type(x) in (list, tuple):
         for i, v in enumerate(x): _plain(v, f"{where}[{i}]")
@@ -777,7 +778,7 @@ def _check_run(run):
         raise ConfigError(explain("groups", f"no group for {', '.join(lost[:4])}{' ...' if len(lost) > 4 else ''} ({len(lost)} in all)",
                                   "every trainable parameter in a group", "add a group, or requires_grad_(False) to freeze"))
 
-# %% ../../nbs/0_base/04_train.ipynb #4b77a58e
+# %% ../../nbs/0_base/04_train.ipynb #ffa83280
 @patch
 def prepare(self: _Run):
     "Put model and optimiser where they belong."
@@ -787,7 +788,9 @@ def prepare(self: _Run):
     optimizer = self.optimizer(first)
     kept = {k: v for k, v in optimizer.defaults.items() if k in ("betas", "eps", "momentum", "nesterov", "amsgrad")}
     self.optimizer_name = f"{type(optimizer).__name__} {kept}"
-    self.wrapped, self.opt = self.accel.prepare(_Step(self.model, self.loss_fn), optimizer)
+    with warnings.catch_warnings():      # torch is renaming the option that keeps each process's buffers its own
+        warnings.simplefilter("ignore", FutureWarning)
+        self.wrapped, self.opt = self.accel.prepare(_Step(self.model, self.loss_fn), optimizer)
     self.settings = _settings(self)
     self.environment = environment(self.accel.device)
 
@@ -829,14 +832,13 @@ def _other_versions(then, now):
     pairs += [(k, then[k], now[k]) for k in ("device_name", "threads")]
     return [f"{k} was {a} when this run was saved and is {b} now: not bit-identical" for k, a, b in pairs if a != b]
 
-# %% ../../nbs/0_base/04_train.ipynb #17996618
+# %% ../../nbs/0_base/04_train.ipynb #9f70b52a
 @patch
 def save(self: _Run, done):
     "Write a checkpoint after `done` steps, unless the weights are broken."
     for g in self.groups:
-        worst = max(float(p.detach().abs().max()) for p in g["params"] if p.numel())
-        bad = worst if all(bool(torch.isfinite(p).all()) for p in g["params"]) else math.nan
-        _check_finite(bad, f"a parameter of group {g['name']!r}", done, self.saved_at)
+        whole = all(bool(p.isfinite().all()) for p in g["params"])
+        _check_finite(0. if whole else math.nan, f"a parameter of group {g['name']!r}", done, self.saved_at)
     content = self.model.state_dict()
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
     own = {k: v for k, v in content.items() if not isinstance(v, Tensor)}

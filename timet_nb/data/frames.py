@@ -22,7 +22,7 @@ from ..base.runtime import DataError, atomic_write, need
 
 # %% ../../nbs/1_data/11_frames.ipynb #aee0ab77
 MAX_PIXELS = 2**27   # 134 million: a larger picture is taken for a decompression bomb
-FORMATS = ["JPEG", "MPO", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000"]   # what Pillow may try
+FORMATS = ["JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000"]   # what Pillow may try
 
 def _bytes(path, what="image"):
     "The whole file; a missing, empty or wrongly named one is told apart here."

@@ -7,10 +7,10 @@ Docs: https://timet-nb.github.io/timet_nb/1_data/layout.html.md"""
 # %% auto #0
 __all__ = ['IMAGES', 'VIDEOS', 'SYSTEM', 'LAYOUTS', 'SIZES', 'PARTS', 'VOC', 'PLACES', 'FRAME_FOLDERS', 'MASK_FOLDERS',
            'ARCHIVES', 'natural_key', 'Folder', 'list_folder', 'Numbers', 'frame_numbers', 'Clip', 'Layout', 'Tree',
-           'Ask', 'Found', 'layout', 'make_clip', 'find_layout', 'map_ids']
+           'Ask', 'Found', 'layout', 'make_clip', 'find_layout', 'map_ids', 'draw_polygons', 'convert_visor']
 
-# %% ../../nbs/1_data/10_layout.ipynb #ad03a466
-import csv, difflib, fnmatch, hashlib, json, os, re, unicodedata, zipfile
+# %% ../../nbs/1_data/10_layout.ipynb #19be347f
+import csv, difflib, fnmatch, hashlib, io, json, os, re, unicodedata, zipfile, zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,12 +25,13 @@ IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 VIDEOS = {".mp4", ".avi", ".mov", ".webm", ".mkv", ".m4v"}
 SYSTEM = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "icon\r"}
 
-# %% ../../nbs/1_data/10_layout.ipynb #e9d65539
+# %% ../../nbs/1_data/10_layout.ipynb #67d69eee
 def natural_key(
     path: str | Path,  # a file name or a path
 ) -> tuple:            # sorts the way people count
     "Read every run of digits in a name as a number, so that frame 2 comes before frame 10."
     stem, suffix = os.path.splitext(str(path))
+    if suffix.lower() not in IMAGES | VIDEOS: stem, suffix = str(path), ""
     parts = re.split(r"(\d+)", stem)  # text, digits, text, digits, ...
     return tuple(int(p) if i % 2 else p.casefold() for i, p in enumerate(parts)), suffix, str(path)
 
@@ -71,7 +72,7 @@ def _leads_up(link):
     here, there = os.path.realpath(os.path.dirname(link)), os.path.realpath(link)
     return here == there or here.startswith(there.rstrip(os.sep) + os.sep)
 
-# %% ../../nbs/1_data/10_layout.ipynb #f1680cb7
+# %% ../../nbs/1_data/10_layout.ipynb #223a0810
 def list_folder(
     path: str | Path,  # a directory
 ) -> Folder:           # its entries by type; `problem` says why it could not be read
@@ -80,31 +81,34 @@ def list_folder(
     try:
         with os.scandir(path) as entries:
             for entry in entries: getattr(box, _kind(entry)).append(entry.name)
+    except FileNotFoundError: box.problem = "missing"
     except OSError as e: box.problem = e.strerror or type(e).__name__
     for name in ("dirs", "images", "videos", "others", "hidden", "loops", "broken"):
         setattr(box, name, _natural(getattr(box, name)))
     return box
 
-# %% ../../nbs/1_data/10_layout.ipynb #0be5f7fb
+# %% ../../nbs/1_data/10_layout.ipynb #48cc0a41
 @dataclass(frozen=True)
 class Numbers:
     "How the frames of a clip are numbered."
     step: int = 1                           # the usual distance of two neighbours
     gaps: tuple[tuple[int, int], ...] = ()  # (last before, first after) each gap
     twice: tuple[int, ...] = ()             # numbers that occur more than once
+    regular: bool = True                    # most neighbours are one step apart
 
 def frame_numbers(
     names: list[str],    # file names or stems, in natural order
 ) -> Numbers | None:     # None when the names are not one numbered sequence
     "Find the step, the gaps and the doubled numbers of a sequence of frame names."
     stems = [os.path.splitext(n)[0] for n in names]
-    found = [re.fullmatch(r"(.*?)(\d+)", s) for s in stems]
-    if not all(found) or len({m[1] for m in found}) > 1: return None
+    found = [re.fullmatch(r"(.*?)(\d+)(\D*)", s) for s in stems]
+    if not all(found) or len({(m[1], m[3]) for m in found}) > 1: return None
     n = [int(m[2]) for m in found]
     jumps = Counter(b - a for a, b in zip(n, n[1:]) if b > a)
     step = min(jumps, key=lambda j: (-jumps[j], j)) if jumps else 1
     gaps = tuple((a, b) for a, b in zip(n, n[1:]) if b - a > step)
-    return Numbers(step, gaps, tuple(a for a, b in zip(n, n[1:]) if a == b))
+    twice = tuple(a for a, b in zip(n, n[1:]) if a == b)
+    return Numbers(step, gaps, twice, len(gaps) <= len(n) // 3)
 
 # %% ../../nbs/1_data/10_layout.ipynb #a743b534
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ def _some(names, limit=6):
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
-# %% ../../nbs/1_data/10_layout.ipynb #945fbd8a
+# %% ../../nbs/1_data/10_layout.ipynb #e556ceff
 @patch
 def names(self: Layout) -> list[str]:
     "List the names of the clips."
@@ -202,12 +206,17 @@ def n_masks(self: Layout) -> int:
     "Count the frames that have a mask."
     return sum(c.n_masks() for c in self.clips)
 
+@patch
+def kinds(self: Clip) -> list[str]:
+    "List the classes that the clip shows: its label, or those of its objects."
+    return [self.label] if self.label is not None else sorted(set((self.classes or {}).values()))
+
 @patch(as_prop=True)
 def labels(self: Layout) -> dict[str, list[str]]:
-    "Class of a clip -> the names of its clips."
+    "Class -> the names of the clips that show it."
     found = {}
     for c in self.clips:
-        if c.label is not None: found.setdefault(c.label, []).append(c.name)
+        for kind in c.kinds(): found.setdefault(kind, []).append(c.name)
     return dict(sorted(found.items()))
 
 # %% ../../nbs/1_data/10_layout.ipynb #ad0bce26
@@ -222,7 +231,7 @@ def _mask_words(layout):
 
 def _count(n, word): return f"{n:,} {word}" + ("" if n == 1 else "s")
 
-# %% ../../nbs/1_data/10_layout.ipynb #b96a2fe5
+# %% ../../nbs/1_data/10_layout.ipynb #04f2e78c
 @patch
 def describe(self: Layout) -> str:
     "Describe the layout in one line."
@@ -237,20 +246,19 @@ def describe(self: Layout) -> str:
     if known: parts.append(f"{len(known)} class" + ("" if len(known) == 1 else "es"))
     where = ", ".join([self.kind, *filter(None, [self.resolution, self.part and f"split {self.part}"])])
     notes = f"; {_count(len(self.notes), 'note')}" if self.notes else ""
-    return f"{self.root.name} [{where}]: {', '.join(parts)}{notes}"
+    return f"{self.root.name or self.root} [{where}]: {', '.join(parts)}{notes}"
 
 @patch
 def __str__(self: Layout): return "\n".join([self.describe(), *("  note: " + n for n in self.notes)])
 
-# %% ../../nbs/1_data/10_layout.ipynb #87cd9653
+# %% ../../nbs/1_data/10_layout.ipynb #327b6583
 @patch
 def rows(self: Layout) -> list[dict]:  # name, frames, masks, class, split of each clip
     "Give one plain row a clip."
     def row(c):
         length = c.n_frames()
-        kinds = sorted(set((c.classes or {}).values())) or [c.label or ""]
         return {"clip": c.name, "frames": c.video.suffix[1:] if length is None else length,
-                "masks": c.n_masks(), "class": ", ".join(kinds), "split": c.split or ""}
+                "masks": c.n_masks(), "class": ", ".join(c.kinds()), "split": c.split or ""}
     return [row(c) for c in self.clips]
 
 @patch
@@ -272,7 +280,7 @@ def _repr_markdown_(self: Layout):
     notes = "".join(f"\n- {n}" for n in self.notes)
     return f"**{self.describe()}**\n\n{self.table(12)}\n{notes}"
 
-# %% ../../nbs/1_data/10_layout.ipynb #6e3b5588
+# %% ../../nbs/1_data/10_layout.ipynb #d8c88bcd
 @patch
 def select(
     self: Layout,
@@ -282,10 +290,12 @@ def select(
     if callable(which): kept = [c for c in self if which(c)]
     else:
         wanted = [which] if isinstance(which, str) else list(which)
-        hits = {w: {n for n in self.names() if n == w or fnmatch.fnmatchcase(n, w)} for w in wanted}
+        names = set(self.names())
+        hits = {w: [w] if w in names else fnmatch.filter(names, w) for w in wanted}
         lost = [w for w in wanted if not hits[w]]
         if lost: raise DataError(f"{self.root.name} has no clip {_some(lost)}{_near(lost[0], self.names())}")
-        kept = [c for c in self if any(c.name in h for h in hits.values())]
+        named = {n for found in hits.values() for n in found}
+        kept = [c for c in self if c.name in named]
     if not kept: raise DataError(f"no clip of {self.root.name} passes the test; it has {_count(len(self), 'clip')}")
     return replace(self, clips=tuple(kept))
 
@@ -308,12 +318,12 @@ def split(
     first = set(groups[:n])
     return tuple(self.select(lambda c, side=side: (str(group(c)) in first) == side) for side in (True, False))
 
-# %% ../../nbs/1_data/10_layout.ipynb #85af4465
+# %% ../../nbs/1_data/10_layout.ipynb #38f96f0e
 @patch
-def pair_classes(self: Layout) -> list[tuple[Clip, Clip]]:  # ordered pairs: (reference, target)
-    "Pair every clip with every other clip of the same class."
-    groups = [[self[n] for n in names] for names in self.labels.values()]
-    return [(a, b) for g in groups for a in g for b in g if a.name != b.name]
+def pair_classes(self: Layout) -> list[tuple[str, Clip, Clip]]:  # (class, reference, target), ordered
+    "Pair every clip with every other clip that shows the same class."
+    groups = {kind: [self[n] for n in names] for kind, names in self.labels.items()}
+    return [(k, a, b) for k, g in groups.items() for a in g for b in g if a.name != b.name]
 
 # %% ../../nbs/1_data/10_layout.ipynb #79e11504
 class Tree:
@@ -374,7 +384,7 @@ def read_json(
     if not isinstance(found, dict): raise DataError(f"{self.path(*parts)} holds no JSON object")
     return found
 
-# %% ../../nbs/1_data/10_layout.ipynb #f0451490
+# %% ../../nbs/1_data/10_layout.ipynb #fb0f3ff1
 @patch
 def notes(self: Tree) -> dict[str, tuple[str, ...]]:
     "Gather the notes: what was said, and what in the visited folders was not used."
@@ -384,7 +394,8 @@ def notes(self: Tree) -> dict[str, tuple[str, ...]]:
         names = [os.path.join(v, n) for v in sorted(self.visited)
                  for n in getattr(self.listed[self.path(v)], kind) if os.path.join(v, n) not in self.used]
         if names: said[what] = tuple(names)
-    shut = [v or "." for v in sorted(self.visited) if self.listed[self.path(v)].problem not in ("", "No such file or directory")]
+    bad = {v: self.listed[self.path(v)].problem for v in sorted(self.visited)}
+    shut = [f"{v or '.'}: {why}" for v, why in bad.items() if why not in ("", "missing")]
     if shut: said["folders that cannot be read"] = tuple(shut)
     seen = {v.split(os.sep)[0] for v in self.visited}
     rest = [d for d in self.folder().dirs if d not in seen]
@@ -411,7 +422,7 @@ class Found:
     categories: list[str] = field(default_factory=list)  # class names in the order of their ids
     resolution: str | None = None                        # the resolution folder in use
 
-# %% ../../nbs/1_data/10_layout.ipynb #7df55520
+# %% ../../nbs/1_data/10_layout.ipynb #14103248
 LAYOUTS: dict[str, tuple[str, Callable]] = {}  # kind -> (how it looks, recogniser), in the order tried
 
 def layout(
@@ -423,6 +434,7 @@ def layout(
     def register(f):
         LAYOUTS.pop(kind, None)
         items = list(LAYOUTS.items())
+        if before not in (None, *LAYOUTS): raise ConfigError(f"no layout {before!r}{_near(before, LAYOUTS)}")
         place = list(LAYOUTS).index(before) if before else len(items)
         items.insert(place, (kind, (sign, f)))
         LAYOUTS.clear(); LAYOUTS.update(items)
@@ -450,16 +462,15 @@ def _pair(tree, clip, frames, masks, where):
     if extra: tree.note("masks without a frame, not used", *(f"{clip}/{by_stem[s]}" for s in _natural(extra)))
     return tuple(None if p is None else Path(tree.path(*where, p)) for p in picked)
 
-# %% ../../nbs/1_data/10_layout.ipynb #6af97152
+# %% ../../nbs/1_data/10_layout.ipynb #8f7646e8
 def _check_numbers(tree, clip, frames):
     "Note gaps and doubles in the numbers of the frames."
     numbers = frame_numbers(frames)
     if numbers is None: return
     if numbers.twice: tree.note("clips with a frame number twice", f"{clip}: {_some(numbers.twice, 3)}")
-    gaps = numbers.gaps
-    if gaps and len(gaps) <= len(frames) // 3:
-        tree.note("clips with gaps in the frame numbers", f"{clip}: " + _some((f"{a} to {b}" for a, b in gaps), 3))
-    elif gaps: tree.note("clips whose frame numbers follow no fixed step", clip)
+    gaps = _some((f"{a} to {b}" for a, b in numbers.gaps), 3)
+    if not numbers.regular: tree.note("clips whose frame numbers follow no fixed step", clip)
+    elif gaps: tree.note("clips with gaps in the frame numbers", f"{clip}: {gaps}")
 
 # %% ../../nbs/1_data/10_layout.ipynb #a778cc5a
 def make_clip(
@@ -502,34 +513,36 @@ def _only(tree, clip, frames, stems):
     if left: tree.note("clips with frames that the list does not name, left out", f"{clip}: {len(left)}")
     return [f for f in frames if _stem(f) in stems]
 
-# %% ../../nbs/1_data/10_layout.ipynb #49511e16
-def _make_clips(tree, names, frames, masks=None, only=None, ask=None, **extra):
+# %% ../../nbs/1_data/10_layout.ipynb #da860569
+def _make_clips(tree, names, frames, masks=None, only=None, **extra):
     "Make the clips of a folder of clip folders."
-    clips = []
+    clips, masked = [], set(tree.folder(*masks).dirs) if masks else set()
     for n in names:
-        where = (*masks, n) if masks and n in tree.folder(*masks).dirs else None
+        where = (*masks, n) if n in masked else None
         if masks and where is None: tree.note("clips without a mask", n)
         clips.append(make_clip(tree, n, (*frames, n), where, (only or {}).get(n),
                                **{k: v(n) if callable(v) else v for k, v in extra.items()}))
     if masks:
-        spare = [d for d in tree.folder(*masks).dirs if d not in set(tree.folder(*frames).dirs)]
+        there = set(tree.folder(*frames).dirs)
+        spare = [d for d in tree.folder(*masks).dirs if d not in there]
         if spare: tree.note("mask folders without a clip, not used", *spare)
     return [c for c in clips if c is not None]
 
-# %% ../../nbs/1_data/10_layout.ipynb #12c032c8
+# %% ../../nbs/1_data/10_layout.ipynb #5970a89e
 SIZES = re.compile(r"\d{3,4}p|full[-_ ]?resolution", re.I)  # names of resolution folders
 
-def _resolution(tree, ask, top="JPEGImages"):
-    "Find the folder that holds the clips: `top/480p` or `top` itself."
-    dirs = tree.folder(top).dirs
-    sizes = [d for d in dirs if SIZES.fullmatch(d) and not tree.folder(top, d).images]
+def _resolution(tree, ask, base=()):
+    "Find the folder that holds the clips: JPEGImages/480p or JPEGImages itself."
+    top = (*base, "JPEGImages")
+    dirs = tree.folder(*top).dirs
+    sizes = [d for d in dirs if SIZES.fullmatch(d) and not tree.folder(*top, d).images]
     if ask.resolution and ask.resolution not in sizes:
         raise DataError(f"{tree.root} has no resolution {ask.resolution!r}; there is: {_some(sizes or ['no resolution level'])}")
-    if not sizes: return (top,), None
+    if not sizes: return top, None
     chosen = ask.resolution or ("480p" if "480p" in sizes else sizes[0])
     rest = [d for d in dirs if d != chosen]
-    if rest: tree.note(f"other folders in {top}, ask with resolution=", *rest)
-    return (top, chosen), chosen
+    if rest: tree.note("other resolutions, ask with resolution=", *rest)
+    return (*top, chosen), chosen
 
 # %% ../../nbs/1_data/10_layout.ipynb #62dd7c36
 def _mask_folder(tree, ask, size, base=()):
@@ -548,17 +561,18 @@ def _mask_folder(tree, ask, size, base=()):
     if size in sizes or (size is None and len(sizes) == 1): return (*base, top, size or sizes[0])
     tree.note(f"masks at another resolution than the frames ({size}), not used", *(f"{top}/{s}" for s in sizes))
 
-# %% ../../nbs/1_data/10_layout.ipynb #71e35844
+# %% ../../nbs/1_data/10_layout.ipynb #38c88b5f
 def _split_files(tree, size):
     "List the split files of DAVIS: name -> path parts; the newest year is preferred."
-    years = tree.folder("ImageSets").dirs if "ImageSets" in tree.folder().dirs else []
+    if "ImageSets" not in tree.folder().dirs: return {}
+    years = tree.folder("ImageSets").dirs
     order = sorted(years, key=lambda y: (not y.isdigit(), -int(y) if y.isdigit() else 0, y != size, y))
     found = {}
-    for year in order:
-        for name in tree.folder("ImageSets", year).others:
+    for place in [*(("ImageSets", y) for y in order), ("ImageSets",)]:
+        for name in tree.folder(*place).others:
             if not name.endswith(".txt"): continue
-            tree.used.add(os.path.join("ImageSets", year, name))
-            for key in (name[:-4], f"{year}/{name[:-4]}"): found.setdefault(key, ("ImageSets", year, name))
+            tree.used.add(os.path.join(*place, name))
+            for key in (name[:-4], "/".join((*place[1:], name[:-4]))): found.setdefault(key, (*place, name))
     return found
 
 def _read_split(tree, parts):
@@ -586,7 +600,7 @@ def _listed_clips(tree, there, listed, parts):
                              f"{tree.root}: {_some(lost, 12)}. Unpack the missing archive, or choose another split")
     return _natural(listed)
 
-# %% ../../nbs/1_data/10_layout.ipynb #5e796c4c
+# %% ../../nbs/1_data/10_layout.ipynb #1b421e3f
 @layout("ytvos", "[train|valid]/meta.json with JPEGImages/<clip>/*.jpg and Annotations/<clip>/*.png")
 def _ytvos(tree, ask):
     "YouTube-VOS: a meta.json beside JPEGImages names the category of every object."
@@ -597,9 +611,13 @@ def _ytvos(tree, ask):
     classes = {clip: {int(i): o["category"] for i, o in v.get("objects", {}).items() if "category" in o}
                for videos in metas.values() for clip, v in videos.items()}
     names = sorted({c for v in classes.values() for c in v.values()})
-    return _from_splits(tree, ask, parts, "ytvos", lambda n: classes.get(n) or None, names)
+    found = _from_splits(tree, ask, parts, "ytvos", lambda n: classes.get(n) or None, names)
+    for part, videos in metas.items():
+        lost = set(videos) - set(tree.folder(*part, "JPEGImages").dirs)
+        if lost: tree.note("clips in meta.json that are not here", *_natural(lost))
+    return found
 
-# %% ../../nbs/1_data/10_layout.ipynb #62900cce
+# %% ../../nbs/1_data/10_layout.ipynb #bc4d8c8a
 PARTS = re.compile(r"(train|val|valid|test|trainval|test-dev|test-challenge)(_all_frames|_?\d+)?", re.I)
 
 def _split_folders(tree, ask):
@@ -617,11 +635,12 @@ def _from_splits(tree, ask, parts, kind, classes, categories):
     chosen = [want] if want else [n for n in own if not n.endswith("_all_frames") or len(own) == 1]
     rest = [n for n in own if n not in chosen]
     if rest: tree.note("other splits, ask with split=", *rest)
-    clips = []
+    clips, size = [], None
     for name in chosen:
-        top, masks = (*own[name], "JPEGImages"), _mask_folder(tree, ask, None, own[name])
-        clips += _make_clips(tree, tree.folder(*top).dirs, top, masks, classes=classes, split=name)
-    return Found(clips, list(own), categories)
+        frames, size = _resolution(tree, ask, own[name])
+        masks = _mask_folder(tree, ask, size, own[name])
+        clips += _make_clips(tree, tree.folder(*frames).dirs, frames, masks, classes=classes, split=name)
+    return Found(clips, list(own), categories, size)
 
 # %% ../../nbs/1_data/10_layout.ipynb #7cf8f8f4
 @layout("mose", "[train|valid]/JPEGImages/<clip>/*.jpg and Annotations/<clip>/*.png, perhaps meta_train.json")
@@ -741,7 +760,7 @@ def _is_visor(path):
     except (OSError, UnicodeDecodeError): return False
     return '"video_annotations"' in head
 
-# %% ../../nbs/1_data/10_layout.ipynb #ab5a57dd
+# %% ../../nbs/1_data/10_layout.ipynb #18137c6f
 @layout("davis", "JPEGImages/[480p/]<clip>/*.jpg, Annotations/[480p/]<clip>/*.png, ImageSets/*/<split>.txt")
 def _davis(tree, ask):
     "DAVIS 2016, 2017, and whatever is kept the same way."
@@ -761,12 +780,15 @@ def _davis(tree, ask):
     return Found(clips, [k for k in files if "/" not in k], known, size)
 
 def _objects(tree):
-    "Read objects.json, which convert_visor writes: clip -> {mask id: class}."
-    if "objects.json" not in tree.folder().others: return {}
-    clips = tree.read_json("objects.json").get("clips", {})
-    return {c: {int(i): name for i, name in ids.items()} for c, ids in clips.items()}
+    "Read clips.json, which generated and converted folders have: clip -> {mask id: class}."
+    if "clips.json" not in tree.folder().others: return {}
+    tree.used.update(n for n in ("MANIFEST.json", "conversion.json") if n in tree.folder().others)
+    try: return {c: {int(i): str(name) for i, name in about["classes"].items()}
+                 for c, about in tree.read_json("clips.json").items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise DataError(f"{tree.path('clips.json')} does not give the classes of each clip: {type(e).__name__} {e}") from e
 
-# %% ../../nbs/1_data/10_layout.ipynb #96e0d60b
+# %% ../../nbs/1_data/10_layout.ipynb #ada7419a
 @layout("inside", "a folder that holds one data set (used) or several (name one)")
 def _inside(tree, ask):
     "Look one folder down, for an archive unpacked into a folder of its own."
@@ -775,9 +797,13 @@ def _inside(tree, ask):
     if len(inside) > 1: raise DataError(f"{tree.root} holds {len(inside)} data sets: {_some(inside)}; name one of them")
     if not inside: return None
     found = find_layout(tree.root / inside[0], ask.split, ask.resolution, ask.labels)
-    return replace(found, notes=(f"the data set lies one folder down, in {inside[0]!r}", *found.notes))
+    box = tree.folder()
+    rest = [n for n in (*box.dirs, *box.videos, *box.images) if n != inside[0]]
+    said = {f"the data set lies one folder down, in {inside[0]!r}": (), **found.details}
+    if rest: said["beside it, not used"] = tuple(rest)
+    return replace(found, notes=_note_lines(said), details=said)
 
-# %% ../../nbs/1_data/10_layout.ipynb #f96a1294
+# %% ../../nbs/1_data/10_layout.ipynb #d2ecbf95
 FRAME_FOLDERS = {"images", "imgs", "image", "frames", "rgb", "img"}
 MASK_FOLDERS = {"masks", "mask", "labels", "label", "annotations", "gt", "groundtruth", "ground_truth", "segmentations"}
 
@@ -791,7 +817,7 @@ def _paired(tree, ask):
     frames, masks = tree.folder(a[0]), tree.folder(b[0])
     where = (b[0],) if ask.labels else None
     if not frames.images: return Found(_make_clips(tree, frames.dirs, (a[0],), where))
-    if frame_numbers(frames.images) and len(frames.images) > 1:
+    if _is_clip(frames.images):
         return Found([make_clip(tree, tree.root.name, (a[0],), where)])
     found = _pair(tree, tree.root.name, frames.images, masks.images, where) if where else None
     return Found(_stills(tree, frames.images, (a[0],), found))
@@ -815,13 +841,18 @@ def _contents(tree):
         clips += [(d, e, (d, e)) for e in box.dirs if tree.folder(d, e).images]
     return clips, films
 
-# %% ../../nbs/1_data/10_layout.ipynb #f8b27523
+# %% ../../nbs/1_data/10_layout.ipynb #9d448442
+def _is_clip(images):
+    "True for two or more images with one running number."
+    numbers = frame_numbers(images)
+    return len(images) > 1 and numbers is not None and numbers.regular
+
 @layout("clip", "numbered images, frame_0001.jpg ...: one clip")
 def _clip(tree, ask):
     "One clip: a folder of images with one running number."
     clips, films = _contents(tree)
     images = _masks_beside(tree.folder().images)[0]
-    if not ask.forced and (clips or films or len(images) < 2 or not frame_numbers(images)): return None
+    if not ask.forced and (clips or films or not _is_clip(images)): return None
     if ask.split is not None: raise _no_split(tree, ask.split, [], "clip")
     tree.note(f"read as one clip of {len(images)} numbered frames; kind='images' reads them as photographs")
     clip = make_clip(tree, tree.root.name, (), beside=bool(ask.labels))
@@ -872,7 +903,7 @@ def _gather(tree, ask, clips, films):
     made += [Clip(os.path.splitext(p[-1])[0], video=Path(tree.path(*p)), split=p[0] if len(p) > 1 else None) for p in films]
     return Found([c for c in made if c is not None], groups)
 
-# %% ../../nbs/1_data/10_layout.ipynb #ec0bfc06
+# %% ../../nbs/1_data/10_layout.ipynb #00290cec
 def find_layout(
     root: str | Path,               # a data set's folder, a folder of clips or videos, or one video
     split: str | None = None,       # "train", "val", ..., as the data set calls it; None: everything
@@ -885,6 +916,8 @@ def find_layout(
     root = _existing(root)
     ask = Ask(split, resolution, labels, kind is not None)
     if kind is not None and kind not in LAYOUTS: raise ConfigError(f"no layout {kind!r}{_near(kind, LAYOUTS)}")
+    if not isinstance(split, str | None):
+        raise ConfigError(f"split={split!r} is no name; to divide the clips use find_layout(root).split(train=.8)")
     if root.is_file(): return _one_file(root, ask)
     listed = {}
     for name in [kind] if kind else list(LAYOUTS):
@@ -920,7 +953,7 @@ def _one_file(path, ask):
 
 ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz"}
 
-# %% ../../nbs/1_data/10_layout.ipynb #7cec51f1
+# %% ../../nbs/1_data/10_layout.ipynb #5dcf4df2
 def _finish(tree, kind, ask, found):
     "Turn what a recogniser found into a Layout: unique names, natural order, notes."
     if ask.resolution and ask.resolution != found.resolution:
@@ -929,14 +962,14 @@ def _finish(tree, kind, ask, found):
     if not found.clips:
         raise DataError(f"{tree.root} looks like {kind} ({LAYOUTS[kind][0]}), but no clip there has a frame. "
                         + "; ".join(_note_lines(details)))
-    clips = sorted(_unique(found.clips), key=lambda c: natural_key(c.name + ".x"))
+    clips = sorted(_unique(found.clips, tree.root), key=lambda c: natural_key(c.name))
     return Layout(kind, tree.root, tuple(clips), _note_lines(details), tuple(found.categories),
                   tuple(found.splits), ask.split, found.resolution, details)
 
-def _unique(clips):
-    "Lengthen names that occur twice: by the split, then by the type of the file."
+def _unique(clips, root):
+    "Lengthen names that occur twice: by the split, then to the path of the first file."
     longer = [lambda c: f"{c.split}/{c.name}" if c.split else c.name,
-              lambda c: c.video.name if c.video else c.files()[0].name if len(c) == 1 else c.name]
+              lambda c: c.files()[0].relative_to(root).as_posix()]
     for f in longer:
         many = Counter(c.name for c in clips)
         clips = [replace(c, name=f(c)) if many[c.name] > 1 else c for c in clips]
@@ -987,3 +1020,153 @@ def map_ids(
     lost = new[keys[place] != new].unique().tolist()
     if lost: raise DataError(f"the mask has ids {_some(lost)}, which the mapping of {_some(sorted(mapping))} does not name")
     return values[place]
+
+# %% ../../nbs/1_data/10_layout.ipynb #4b792dbf
+def _voc_palette() -> list[int]:  # 768 values: R, G, B of the ids 0..255
+    "Compute the palette of Pascal VOC and DAVIS: the bits of an id, dealt out to red, green, blue."
+    def colour(i): return [sum((i >> 3 * b + c & 1) << 7 - b for b in range(3)) for c in range(3)]
+    return [v for i in range(256) for v in colour(i)]
+
+def draw_polygons(
+    objects: list[tuple[int, list]],  # (mask id, its polygons), later ones on top
+    size: tuple[int, int],            # (H, W) of the mask in pixels
+    scale: tuple[float, float] = (1., 1.),  # (y, x) factor from polygon to mask coordinates
+) -> Tensor:                          # (H, W) int64 ids
+    "Fill the polygons of each object; a polygon inside another of the same object is a hole."
+    import cv2, numpy as np
+    mask = np.zeros(size, np.uint8)
+    for i, polygons in objects:
+        points = [np.round(np.array(p, float).reshape(-1, 2) * scale[::-1]).astype(np.int32)
+                  for p in polygons if len(p)]
+        if points: cv2.fillPoly(mask, points, i)
+    return torch.from_numpy(mask).long()
+
+# %% ../../nbs/1_data/10_layout.ipynb #5e4602e6
+def _visor_clips(jsons):
+    "Gather the annotated frames of VISOR: clip -> [(frame stem, annotations)], and clip -> split."
+    clips, splits = {}, {}
+    for path in jsons:
+        try:
+            for shot in json.loads(Path(path).read_text(encoding="utf-8"))["video_annotations"]:
+                stem = os.path.splitext(shot["image"]["name"])[0]
+                name = shot["image"].get("subsequence") or shot["image"].get("video") or Path(path).stem
+                if not re.fullmatch(r"\w[\w.-]*", name) or not re.fullmatch(r"\w[\w.-]*", stem):
+                    raise DataError(f"{path}: clip {name!r}, frame {stem!r} is no plain file name")
+                notes = [(a.get("name") or f"class {a['class_id']}", a["segments"]) for a in shot["annotations"]]
+                clips.setdefault(name, {})[stem] = notes
+                splits[name] = Path(path).parent.name
+        except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise DataError(f"{path} is not VISOR's JSON: {type(e).__name__} {e}") from e
+    return clips, splits
+
+def _object_ids(frames):
+    "Number the object names of one clip, in alphabetical order from 1."
+    names = sorted({n for notes in frames.values() for n, polygons in notes if polygons})
+    return {n: i for i, n in enumerate(names, 1)}
+
+# %% ../../nbs/1_data/10_layout.ipynb #575782a1
+def _frame_bytes(zips, frames):
+    "Make a reader: frame stem -> JPEG bytes, from unpacked files or from inside the zips."
+    inside = {}
+    for path in zips:
+        try: names = zipfile.ZipFile(path).namelist()
+        except (OSError, zipfile.BadZipFile) as e: raise DataError(f"{path} is not a whole zip: {e}") from e
+        inside.update({os.path.splitext(os.path.basename(n))[0]: (path, n) for n in names if n.lower().endswith(".jpg")})
+    def read(stem):
+        if stem in frames: return Path(frames[stem]).read_bytes()
+        if stem not in inside: return None
+        path, member = inside[stem]
+        try:
+            with zipfile.ZipFile(path) as z: return z.read(member)
+        except (OSError, zipfile.BadZipFile, zlib.error) as e:
+            raise DataError(f"{path}: {member} cannot be unpacked: {e}") from e
+    return read
+
+# %% ../../nbs/1_data/10_layout.ipynb #7fb97d2b
+def _open_out(src, out, settings):
+    "Check that `out` lies apart from the source and is empty, or holds the same conversion, begun."
+    src, out = (Path(os.path.realpath(os.path.expanduser(p))) for p in (src, out))
+    if src == out or src in out.parents or out in src.parents:
+        raise DataError(f"out={out} and the source {src} lie in each other; give a new folder elsewhere: "
+                        "the source is never written to")
+    begun = out / "conversion.json"
+    if begun.exists():
+        before = json.loads(begun.read_text()).get("settings")
+        if before != settings: raise DataError(f"{out} holds a conversion with {before}, not {settings}; "
+                                               "give another folder")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} is not empty and no conversion was begun there; give a new folder")
+    return out
+
+def _write_text(path, text):
+    with atomic_write(path) as temp: Path(temp).write_text(text, encoding="utf-8")
+
+# %% ../../nbs/1_data/10_layout.ipynb #3dfebfad
+def _convert_frame(data, name, objects, size, canvas, to_image, to_mask):
+    "Write one frame and its mask; the JPEG is copied as it is unless `size` asks for another."
+    from PIL import Image
+    try:
+        image = Image.open(io.BytesIO(data)); full = image.size[::-1]
+        if size: image = image.convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC)
+    except (OSError, ValueError) as e: raise DataError(f"frame {name} cannot be decoded: {e}") from e
+    points = [p for _, polygons in objects for polygon in polygons for p in polygon]
+    if canvas is None and any(x > full[1] + 1 or y > full[0] + 1 for x, y in points):
+        raise DataError(f"frame {name} is {full[1]} x {full[0]} but its polygons reach further: "
+                        "they were drawn on a larger picture; pass canvas=(1080, 1920)")
+    h, w = size or full
+    ids = draw_polygons(objects, (h, w), (h / (canvas or full)[0], w / (canvas or full)[1]))
+    mask = Image.fromarray(ids.numpy().astype("uint8")); mask.putpalette(_voc_palette())
+    with atomic_write(to_mask) as tmp: mask.save(tmp, format="PNG")
+    with atomic_write(to_image) as tmp:
+        if size: image.save(tmp, format="JPEG", quality=95)
+        else: Path(tmp).write_bytes(data)
+
+# %% ../../nbs/1_data/10_layout.ipynb #6c709d94
+def _write_visor(out, clips, ids, read, size, canvas):
+    "Write the frames and masks that are not there yet; return the frames that no file holds."
+    missing, res = [], f"{size[0]}p" if size else "Full-Resolution"
+    for clip in progress(_natural(clips), desc="VISOR"):
+        for stem in _natural(clips[clip]):
+            image = out / "JPEGImages" / res / clip / f"{stem}.jpg"
+            mask = out / "Annotations" / res / clip / f"{stem}.png"
+            if image.exists() and mask.exists(): continue
+            data = read(stem)
+            if data is None: missing.append(stem); continue
+            objects = [(ids[clip][n], polygons) for n, polygons in clips[clip][stem] if polygons]
+            _convert_frame(data, stem, objects, size, canvas, image, mask)
+    return missing
+
+def _write_lists(out, splits, ids):
+    "Write which clips belong to which split, and the class of every mask id."
+    there = {p.name for p in out.glob("JPEGImages/*/*")}
+    for part in sorted(set(splits.values())):
+        names = [c for c in _natural(splits) if splits[c] == part and c in there]
+        if names: _write_text(out / "ImageSets" / "2022" / f"{part}.txt", "\n".join(names) + "\n")
+    about = {c: {"classes": {i: n for n, i in names.items()}} for c, names in ids.items() if c in there}
+    _write_text(out / "clips.json", json.dumps(about, indent=1, ensure_ascii=False))
+
+# %% ../../nbs/1_data/10_layout.ipynb #c0ac6938
+def convert_visor(
+    src: str | Path,                        # VISOR as published: JSONs, and zips or folders of frames
+    out: str | Path,                        # a new folder, apart from the source
+    size: tuple[int, int] | None = None,    # (H, W) in pixels of what is written; None: as it is
+    canvas: tuple[int, int] | None = None,  # (H, W) that the polygons refer to; None: the frame's size
+) -> Layout:                                # the new folder, found again
+    "Write VISOR's frames and polygon masks to a new folder in the layout of DAVIS; call again to go on."
+    jsons, zips, loose = _visor_files(_existing(src), deep=True)
+    if not jsons: raise DataError(f"{src} holds no JSON with video_annotations: is it VISOR as published?")
+    clips, splits = _visor_clips(jsons)
+    ids = {c: _object_ids(frames) for c, frames in clips.items()}
+    full = [c for c, names in ids.items() if len(names) > 254]
+    if full: raise DataError(f"clips with more objects than a palette mask can number (254): {_some(full)}")
+    settings = {"size": size and list(size), "canvas": canvas and list(canvas)}
+    out, read = _open_out(src, out, settings), _frame_bytes(zips, loose)
+    _write_text(out / "conversion.json", json.dumps({"source": "VISOR", "settings": settings}))
+    missing = _write_visor(out, clips, ids, read, size, canvas)
+    if not any(out.glob("JPEGImages/*/*/*")): raise DataError(f"{src}: none of its {len(missing)} annotated frames "
+                                                              f"is in its {len(zips)} zips or folders, such as {_some(missing, 2)}")
+    _write_lists(out, splits, ids)
+    found = find_layout(out)
+    if not missing: return found
+    details = {**found.details, "annotated frames that no zip or folder holds": tuple(missing)}
+    return replace(found, notes=_note_lines(details), details=details)
