@@ -9,7 +9,8 @@ __all__ = ['PHOTOS', 'OUTLINES', 'CUTOUTS', 'FILLS', 'GREEN', 'SAND', 'STONE', '
            'WORLDS', 'bilinear', 'Sprite', 'Motion', 'wave', 'position', 'linear', 'Shadow', 'Layer', 'Light', 'Scene',
            'check_scene', 'to_screen', 'to_sprite', 'top_layer', 'exact_flow', 'flow_rgb', 'soften', 'paint', 'expose',
            'WorldClip', 'render', 'photo', 'shrink', 'tint', 'polygon', 'rasterize', 'cutout', 'backdrop', 'Actor',
-           'World', 'build', 'render_clip', 'random_world', 'made_with', 'write_world', 'shipped_clips', 'main']
+           'World', 'build', 'render_clip', 'shipped_world', 'random_world', 'made_with', 'write_world',
+           'shipped_clips', 'main']
 
 # %% ../../nbs/1_data/14_worlds.ipynb #856a7f1d
 import argparse, hashlib, json, math, sys, tempfile
@@ -694,7 +695,7 @@ class World:
 WALL = Shadow()
 GROUND = Shadow(strength=.5, offset=(0., -1.), flat=.22, lean=.5)
 
-# %% ../../nbs/1_data/14_worlds.ipynb #16ba146d
+# %% ../../nbs/1_data/14_worlds.ipynb #d52de5ce
 def build(
     world: World,          # the recipe
     photos: bool = True,   # False: shapes only, scikit-image is not needed
@@ -714,10 +715,8 @@ def render_clip(
     flow: bool = True,     # False: leave flow and visibility empty, which saves half of the time
 ) -> WorldClip:            # frames, masks, flow, visibility, classes
     "Render a world with all its answers."
-    found = {w.name: w for w in WORLDS}
-    if isinstance(world, str) and world not in found:
-        raise DataError(explain("world", repr(world), "a World or one of " + ", ".join(found)))
-    return render(build(found.get(world, world) if isinstance(world, str) else world, photos=frames), frames, flow)
+    scene = build(shipped_world(world) if isinstance(world, str) else world, photos=frames)
+    return render(scene, frames, flow)
 
 # %% ../../nbs/1_data/14_worlds.ipynb #bd7f6d21
 WORLDS = (
@@ -782,6 +781,15 @@ WORLDS += (
         camera=Motion(velocity=(.8, 0)), light=Light((1.08, .98, .86), .05, 30), seed=12, split="val"),
 )
 
+# %% ../../nbs/1_data/14_worlds.ipynb #f43debb1
+def shipped_world(
+    name: str,    # of a shipped clip, such as "cat-lawn"
+) -> World:       # its recipe
+    "Look up the recipe of a shipped clip."
+    found = {w.name: w for w in WORLDS}
+    if name not in found: raise DataError(explain("world", repr(name), "one of " + ", ".join(found)))
+    return found[name]
+
 # %% ../../nbs/1_data/14_worlds.ipynb #ccbecea2
 def random_world(
     seed: int,                                # fixes everything, >= 0
@@ -830,7 +838,7 @@ def made_with() -> dict:   # {package: version}
     return {"scikit-image": need("skimage", extra="worlds").__version__, "pillow": PIL.__version__,
             "libjpeg_turbo": features.version("libjpeg_turbo"), "zlib": features.version("zlib")}
 
-# %% ../../nbs/1_data/14_worlds.ipynb #8593999c
+# %% ../../nbs/1_data/14_worlds.ipynb #b8f0dbe8
 def _write_clip(out, world, quality):
     "Store the frames and masks of one world; return the hashes of their raw pixels."
     from PIL import Image
@@ -847,11 +855,12 @@ def _write_clip(out, world, quality):
     return {"frames": _digest(frames.tobytes()), "masks": _digest(masks.tobytes())}
 
 def _about(world):
-    "What objects.json tells about the making of a clip."
-    return {"split": world.split, "frames": world.n_frames, "size": list(world.size), "backdrop": world.backdrop,
-            "cutouts": [a.cutout for a in world.actors], "seed": world.seed}
+    "What clips.json tells about a clip: the classes of its objects, and how it was made."
+    classes = {str(k): c for k, c in build(world, photos=False).classes.items()}
+    return {"classes": classes, "split": world.split, "frames": world.n_frames, "size": list(world.size),
+            "backdrop": world.backdrop, "cutouts": [a.cutout for a in world.actors], "seed": world.seed}
 
-# %% ../../nbs/1_data/14_worlds.ipynb #2a17b7e3
+# %% ../../nbs/1_data/14_worlds.ipynb #3018d434
 def write_world(
     out: str | Path,                           # folder to write into; made when missing
     worlds: Sequence[World] | None = None,     # recipes with different names; None: the shipped ones
@@ -869,9 +878,8 @@ def write_world(
     for split in ("train", "val"):
         text = "".join(f"{w.name}\n" for w in worlds if w.split == split)
         (lists / f"{split}.txt").write_text(text, encoding="utf-8", newline="\n")
-    classes = {w.name: {str(k): c for k, c in build(w, photos=False).classes.items()} for w in worlds}
-    _write_json(out / "objects.json", {"clips": classes, "about": {w.name: _about(w) for w in worlds}})
-    files = [lists / "train.txt", lists / "val.txt", out / "objects.json"]
+    _write_json(out / "clips.json", {w.name: _about(w) for w in worlds})
+    files = [lists / "train.txt", lists / "val.txt", out / "clips.json"]
     for kind in ("JPEGImages", "Annotations"):
         for name in names: files += sorted((out / kind / "480p" / name).iterdir())
     hashes = {p.relative_to(out).as_posix(): _digest(p.read_bytes()) for p in files}

@@ -324,23 +324,22 @@ def jf_stats(
         warnings.simplefilter("ignore", RuntimeWarning)   # mean of nothing is nan, as documented
         return float(np.nanmean(v)), float((v > .5).mean()), float(np.nanmean(first) - np.nanmean(last))
 
-# %% ../../nbs/3_evaluate/30_overlap.ipynb #1ec8b167
+# %% ../../nbs/3_evaluate/30_overlap.ipynb #655bad5f
 def pair_scores(
-    gt,                      # (H, W) integer object ids; 0 = background, 255 = void
-    pred,                    # (H, W) integer object ids
-    gt_ids: Sequence[int],   # G objects of the truth
-    pred_ids: Sequence[int], # P objects of the prediction
-    bound_th: float = .008,  # tolerance of F as a share of the image diagonal; >= 1: pixels
+    gt,                        # (H, W) integer object ids; 0 = background, 255 = void
+    pred,                      # (H, W) integer object ids
+    gt_ids: Sequence[int],     # G objects of the truth
+    pred_ids: Sequence[int],   # P objects of the prediction
+    bound_th: float = .008,    # tolerance of F as a share of the image diagonal; >= 1: pixels
     ignore: int | None = 255,  # gt value that does not count
-) -> tuple[Tensor, Tensor]:  # (G, P) float64 J and F of every pair
+) -> tuple[Tensor, Tensor]:    # (G+1, P+1) float64 J and F of every pair; the last row and column: nothing there
     "J and F of every true object with every predicted one in a frame."
     gt, pred = as_ids(gt, "gt"), as_ids(pred, "pred")
     if gt.shape != pred.shape or gt.ndim != 2:
         raise DataError(f"gt is {tuple(gt.shape)} and pred {tuple(pred.shape)}; expected two equal (H, W)")
     kernel = disk(boundary_radius(*gt.shape, bound_th))
-    box = _union_box((gt > 0).numpy(), (pred > 0).numpy())
-    if box is None: gt, pred = gt[:1, :1], pred[:1, :1]
-    else: gt, pred = gt[box], pred[box]
+    box = _union_box((gt > 0).numpy(), (pred > 0).numpy()) or (slice(1), slice(1))
+    gt, pred = gt[box], pred[box]
     a, b = _masks_of(gt, gt_ids), _masks_of(pred, pred_ids)
     if ignore is not None and (gt == ignore).any(): b &= gt != ignore
     return _pair_j(a, b), _pair_f(a, b, kernel)
@@ -351,25 +350,41 @@ def _masks_of(ids, wanted):
     return ids == torch.tensor(list(wanted), dtype=ids.dtype).reshape(-1, 1, 1)
 
 
+def _flat(m):
+    "(M, h * w) floats that count pixels exactly."
+    return m.flatten(1).to(torch.float32 if m[:1].numel() < 2 ** 24 else torch.float64)
+
+
+def _counts(m): return torch.tensor([np.count_nonzero(x) for x in m.numpy()], dtype=torch.float64)
+
+
 def _pair_j(a, b):
-    inter = a.flatten(1).float() @ b.flatten(1).float().T
-    union = a.sum((1, 2))[:, None] + b.sum((1, 2))[None] - inter
-    return torch.where(union > 0, inter.double() / union.clamp(min=1), 1.)
+    "(G+1, P+1) J; against nothing 0, nothing against nothing 1."
+    J = torch.zeros(len(a) + 1, len(b) + 1, dtype=torch.float64)
+    inter = (_flat(a) @ _flat(b).T).double()
+    union = _counts(a)[:, None] + _counts(b) - inter
+    J[:-1, :-1] = torch.where(union > 0, inter / union.clamp(min=1), 1.)
+    J[:-1, -1], J[-1, :-1], J[-1, -1] = (_counts(a) == 0).double(), (_counts(b) == 0).double(), 1
+    return J
 
 
 def _pair_f(a, b, kernel):
-    "Every outline is drawn and dilated once."
+    "(G+1, P+1) F; every outline is drawn and dilated once."
+    F_ = torch.zeros(len(a) + 1, len(b) + 1, dtype=torch.float64)
     (edge_a, near_a), (edge_b, near_b) = _edges_and_near(a, kernel), _edges_and_near(b, kernel)
-    n_a, n_b = edge_a.sum(1, dtype=torch.float64)[:, None], edge_b.sum(1, dtype=torch.float64)[None]
-    recall = (edge_a @ near_b.T) / n_a.clamp(min=1)
-    precision = (near_a @ edge_b.T) / n_b.clamp(min=1)
+    n_a, n_b = _counts(edge_a), _counts(edge_b)
+    recall = (_flat(edge_a) @ _flat(near_b).T) / n_a[:, None].clamp(min=1)
+    precision = (_flat(near_a) @ _flat(edge_b).T) / n_b.clamp(min=1)
     f = 2 * precision * recall / (precision + recall).clamp(min=1e-300)
-    return torch.where((n_a > 0) & (n_b > 0), f, ((n_a == 0) & (n_b == 0)).double())
+    none_a, none_b = (n_a == 0)[:, None], (n_b == 0)[None]
+    F_[:-1, :-1] = torch.where(none_a | none_b, (none_a & none_b).double(), f)
+    F_[:-1, -1], F_[-1, :-1], F_[-1, -1] = none_a[:, 0].double(), none_b[0].double(), 1
+    return F_
 
 
 def _edges_and_near(masks, kernel):
-    "Outlines and their dilations, flat: two (M, h * w) float32."
+    "Outlines and their dilations: two (M, h, w) uint8."
     cv2 = need("cv2")
     edges = outline(masks).numpy().view(np.uint8)
     near = np.stack([cv2.dilate(e, kernel) for e in edges]) if len(edges) else edges
-    return torch.from_numpy(edges).flatten(1).float(), torch.from_numpy(near).flatten(1).float()
+    return torch.from_numpy(edges), torch.from_numpy(near)

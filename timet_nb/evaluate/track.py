@@ -81,7 +81,7 @@ class Tracker:
         soft = self.state.step(self._tokens(frame))
         return self.names[_grow(soft, self.mask.shape)]
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #de8aeba5
+# %% ../../nbs/3_evaluate/35_track.ipynb #30e9a60b
 def _first_mask(mask):
     mask = as_ids(mask, "the first mask").cpu()
     if mask.ndim != 2: raise DataError(f"the first mask has shape {tuple(mask.shape)}; expected (H, W) ids")
@@ -106,7 +106,7 @@ def _number(mask, names):
 
 def _grow(soft, size):
     "Most likely class of every pixel: (K, h, w) -> (H, W) on the CPU."
-    return F.interpolate(soft[None].float(), size=tuple(size), mode="bilinear")[0].argmax(0).cpu()
+    return F.interpolate(soft[None].float(), size=tuple(size), mode="bilinear")[0].max(0).indices.cpu()
 
 # %% ../../nbs/3_evaluate/35_track.ipynb #cd57fa42
 def track(
@@ -145,7 +145,7 @@ def write_tracks(
         n += 1
     return n
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #5933da3f
+# %% ../../nbs/3_evaluate/35_track.ipynb #4d48423e
 class TrackScore:
     "Collects J and F of every object, frame by frame; keeps numbers, not masks."
     def __init__(
@@ -171,9 +171,8 @@ class TrackScore:
         self.seen += 1
 
     def _score(self, gt, pred):
-        nobody = [-1]                       # an empty mask on either side
         g, p = objects_in(gt), objects_in(pred)
-        J, F_ = pair_scores(gt, pred, g + nobody, p + nobody, self.bound_th)
+        J, F_ = pair_scores(gt, pred, g, p, self.bound_th)
         self.frames.append(({o: i for i, o in enumerate(g)}, {o: i for i, o in enumerate(p)}, J.numpy(), F_.numpy()))
 
     def values(

