@@ -212,7 +212,6 @@ def load_checks() -> list[Line]:
     for module in CHECKS:
         try: importlib.import_module(module)
         except Exception as e:
-            if isinstance(e, ModuleNotFoundError) and e.name == module: continue
             troubles.append(Line(f"{module}:*", "FAIL", why=f"cannot be imported: {type(e).__name__}: {first_line(e)}"))
     return troubles
 

@@ -55,7 +55,7 @@ def _fits(pattern, shape):
         elif word != "_" and sizes.setdefault(word, n) != n: return None
     return sizes
 
-# %% ../../nbs/0_base/01_errors.ipynb #17fe7e7f
+# %% ../../nbs/0_base/01_errors.ipynb #7ccc0231
 def _repairs(axis, s):
     "Usual mistakes: the shape after the repair, and the repair in words."
     if len(s) > 2:
@@ -66,7 +66,8 @@ def _repairs(axis, s):
         if s[-3] == 4: yield (*s[:-3], 3, *s[-2:]), "there is an alpha channel: x[..., :3, :, :]"
     yield (1, *s), f"the {axis} axis is missing: x[None]"
     if s[:1] == (1,): yield s[1:], "there is one axis too many in front: x[0]"
-    if len(s) > 1: yield (*s[:-2], 3, *s[-2:]), "grey images: x.unsqueeze(-3).expand(..., 3, -1, -1)"
+    grey = "grey images: x.unsqueeze(-3).expand(..., 3, -1, -1)"
+    if len(s) > 1: yield (*s[:-2], 3, *s[-2:]), grey
 
 def _shape_hint(pattern, shape):
     "The likeliest reason why `shape` does not fit `pattern`; empty when there is no good guess."
@@ -116,10 +117,10 @@ def _check_values(x, name, low, high, finite):
     todo = "looks like 0..255: divide by 255" if bytes_like else ""
     raise DataError(explain(name, f"values in [{least:g}, {most:g}]", f"values in {bounds}", todo))
 
-# %% ../../nbs/0_base/01_errors.ipynb #473daafe
+# %% ../../nbs/0_base/01_errors.ipynb #84704cb4
 def expect(
     x: Tensor | np.ndarray,     # what was passed in
-    shape: str,                 # "T 3 H W": a letter is any size, digits that size, "_" or "..." all
+    shape: str,                 # "T 3 H W": letters take any size, "_" and "..." too
     name: str = "array",        # how the message calls it
     dtype=None,                 # "float", "int", "bool", a dtype, or several; None accepts all
     low: float | None = None,   # smallest value allowed
@@ -128,7 +129,8 @@ def expect(
 ) -> Tensor | np.ndarray:       # `x` itself
     "Return `x` when it is what a function needs, else say got, expected and what to do."
     if not isinstance(x, (Tensor, np.ndarray)):
-        raise DataError(explain(name, type(x).__name__, f"a tensor or array ({shape})", "torch.as_tensor(x)"))
+        hint = "torch.as_tensor(x)"
+        raise DataError(explain(name, type(x).__name__, f"a tensor or array ({shape})", hint))
     if _fits(shape, x.shape) is None:
         hint, wanted = _shape_hint(shape, x.shape), f"({', '.join(shape.split())})"
         raise DataError(explain(name, f"shape {tuple(x.shape)}", wanted, hint))

@@ -253,7 +253,7 @@ def _cpu_model():
         if found: return found[1].strip()
     return platform.processor() or platform.machine()
 
-# %% ../../nbs/0_base/01_runtime.ipynb #9a8f410e
+# %% ../../nbs/0_base/01_runtime.ipynb #ef681f1d
 def environment(
     device: str | torch.device = "auto",   # whose name to report
 ) -> dict:                                 # JSON-ready; no host name, no user name, no path
@@ -263,8 +263,9 @@ def environment(
     return dict(
         python=platform.python_version(), platform=f"{platform.system()} {platform.machine()}",
         packages={p: v for p in _PACKAGES if (v := _version(p))}, commit=_commit(),
-        device=str(where), cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), load=load,
-        device_name=torch.cuda.get_device_name(where) if where.type == "cuda" else cpu)
+        device_name=torch.cuda.get_device_name(where) if where.type == "cuda" else cpu,
+        device=str(where), cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(),
+        load=load)
 
 # %% ../../nbs/0_base/01_runtime.ipynb #bbb7e975
 _LIVE = "JPY_SESSION_NAME COLAB_RELEASE_TAG VSCODE_PID VSCODE_CWD KAGGLE_KERNEL_RUN_TYPE".split()

@@ -75,9 +75,9 @@ class Saved:
     about: dict                   # settings and versions
     notes: list[str] = field(default_factory=list)   # damaged checkpoints that were passed over
 
-# %% ../../nbs/0_base/04_store.ipynb #26d6b49f
+# %% ../../nbs/0_base/04_store.ipynb #10202eb3
 class CheckpointStore:
-    "Checkpoints of one run; `step-00000120/` holds model.safetensors, state-0.pt and manifest.json."
+    "Checkpoints of one run: folders of model.safetensors, state-0.pt and manifest.json."
     def __init__(
         self,
         folder: str | Path,  # made when the first checkpoint is written
@@ -96,7 +96,7 @@ class CheckpointStore:
         found = [re.fullmatch(r"step-(\d{8,})", p.name) for p in self.folder.glob("step-*")]
         return sorted(int(m[1]) for m in found if m)
 
-# %% ../../nbs/0_base/04_store.ipynb #161c2029
+# %% ../../nbs/0_base/04_store.ipynb #8f973f72
 @contextlib.contextmanager
 def naming(
     path: str | Path,    # the folder or file that is being written
@@ -105,8 +105,8 @@ def naming(
     try: yield
     except OSError as error:
         raise CheckpointError(explain(
-            f"cannot write to {path}", error.strerror or str(error), "a writable folder with space left",
-            "free space or choose another out=; checkpoints written before are whole")) from error
+            f"cannot write to {path}", error.strerror or str(error),
+            "a writable folder with space left", "free space or choose another out=; checkpoints written before are whole")) from error
 
 # %% ../../nbs/0_base/04_store.ipynb #0c5fdcaf
 @patch
@@ -165,11 +165,12 @@ def clear(self: CheckpointStore) -> None:
     for step in self.steps(): shutil.rmtree(self.path(step))
     self.sweep()
 
-# %% ../../nbs/0_base/04_store.ipynb #95889aac
+# %% ../../nbs/0_base/04_store.ipynb #f0a7f5ca
 def _opened(folder):
     "Bytes of the files of a checkpoint, all of them verified, and the manifest."
     sealed = json.loads((folder / "manifest.json").read_bytes())
-    if _sha256(sealed["body"].encode()) != sealed["sha256"]: raise ValueError("manifest.json: checksum differs")
+    if _sha256(sealed["body"].encode()) != sealed["sha256"]:
+        raise ValueError("manifest.json: checksum differs")
     body = json.loads(sealed["body"])
     data = {name: (folder / name).read_bytes() for name in body["files"]}
     for name, content in data.items():
@@ -196,7 +197,7 @@ def read(
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{folder.name}: {first}") from error
 
-# %% ../../nbs/0_base/04_store.ipynb #6055f67e
+# %% ../../nbs/0_base/04_store.ipynb #8bdc6067
 @patch
 def load(
     self: CheckpointStore,
@@ -211,8 +212,9 @@ def load(
         if damaged: saved.notes.append(note)
         return saved
     if damaged:
-        raise CheckpointError(explain(f"checkpoints in {self.folder}", "; ".join(damaged),
-                                      "one that is whole", "restore one, or resume=False to start again"))
+        raise CheckpointError(explain(
+            f"checkpoints in {self.folder}", "; ".join(damaged), "one that is whole",
+            "restore one, or resume=False to start again"))
 
 # %% ../../nbs/0_base/04_store.ipynb #1e680f26
 @patch
@@ -261,7 +263,7 @@ def folder_lock(
         try: yield f"the lock of {before}, which is gone, was taken over" if before else ""
         finally: _HELD.discard(folder); handle.truncate(0)
 
-# %% ../../nbs/0_base/04_store.ipynb #4fcdb7ab
+# %% ../../nbs/0_base/04_store.ipynb #40e11990
 def _columns(rows):
     "Names in the order in which they first appear."
     return list(dict.fromkeys(k for row in rows for k in row))
@@ -269,8 +271,9 @@ def _columns(rows):
 def _line(f, columns):
     "A CSV writer whose numbers can be read back to the last bit."
     writer = csv.DictWriter(f, columns, lineterminator="\n")
-    def exact(v): return repr(v) if isinstance(v, float) else v
-    return lambda row: writer.writerow({k: exact(v) for k, v in row.items()})
+    return lambda row: writer.writerow({k: _exact(v) for k, v in row.items()})
+
+def _exact(v): return repr(v) if isinstance(v, float) else v
 
 def _write_log(path, rows):
     "Write a whole log."
@@ -308,7 +311,7 @@ def add(
         if self.file is None: self.file = open(self.path, "a", newline="")
         _line(self.file, self.columns)(row); self.file.flush()
 
-# %% ../../nbs/0_base/04_store.ipynb #f376b4fa
+# %% ../../nbs/0_base/04_store.ipynb #e488ad56
 def _number(text):
     "int when it is written as one, else float."
     try: return int(text)
@@ -323,4 +326,5 @@ def load_history(
         with open(path, newline="") as f:
             return [{k: _number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(f)]
     except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise DataError(explain(f"training log {path}", str(error), "the log.csv of a run")) from error
+        message = explain(f"training log {path}", str(error), "the log.csv of a run")
+        raise DataError(message) from error

@@ -38,15 +38,15 @@ def bilinear(
     low = flat[k + down] * (1 - b) + flat[k + down + right] * b
     return top * (1 - a) + low * a
 
-# %% ../../nbs/1_data/14_layers.ipynb #102d8171
+# %% ../../nbs/1_data/14_layers.ipynb #222a44a3
 @dataclass(frozen=True, eq=False)
 class Sprite:
     "A picture with a shape: what one layer shows."
-    name: str                                # for messages
-    alpha: np.ndarray | None                 # (h, w) float32 in [0, 1], 0 on its rim; None: a plane
-    color: np.ndarray | None = None          # (h, w, 3) float32 RGB times alpha; None: geometry only
-    anchor: tuple[float, float] = (0., 0.)   # (u, v) sprite pixel that a motion moves and turns about
-    scale: float = 1.                        # screen pixels a sprite pixel, at a motion's scale of 1
+    name: str                               # for messages
+    alpha: np.ndarray | None                # (h, w) float32 in [0, 1], 0 on its rim; None: a plane
+    color: np.ndarray | None = None         # (h, w, 3) float32 RGB times alpha; None: no picture
+    anchor: tuple[float, float] = (0., 0.)  # (u, v) sprite pixel that is moved and turned about
+    scale: float = 1.                       # screen pixels a sprite pixel at a motion's scale 1
 
 # %% ../../nbs/1_data/14_layers.ipynb #499cb383
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Motion:
     phase: float = 0.                          # turns, of all sinusoids
     mirror: bool = False                       # flip left and right
 
-# %% ../../nbs/1_data/14_layers.ipynb #a378fc3c
+# %% ../../nbs/1_data/14_layers.ipynb #19847c6c
 def wave(
     turns,           # number or array; 1 is a full turn
 ) -> np.ndarray:     # float64 in [-1, 1], nine digits
@@ -89,16 +89,17 @@ def linear(
     size = motion.scale * (1 + motion.growth * t)
     rock = motion.rock * float(wave(t / motion.period + motion.phase))
     turns = (motion.angle + motion.spin * t + rock) / 360
-    cos, sin, sign = size * float(wave(turns + .25)), size * float(wave(turns)), -1 if motion.mirror else 1
+    cos, sin = size * float(wave(turns + .25)), size * float(wave(turns))
+    sign = -1 if motion.mirror else 1
     return sign * cos, -sin, sign * sin, cos
 
-# %% ../../nbs/1_data/14_layers.ipynb #a0b693d9
+# %% ../../nbs/1_data/14_layers.ipynb #9ff3266c
 @dataclass(frozen=True)
 class Shadow:
     "A soft dark copy of a layer; it changes colours, never masks or flow."
     strength: float = .45                   # share of the light taken, [0, 1]
     offset: tuple[float, float] = (6., 5.)  # pixels, the way the light goes
-    flat: float = 1.                        # its height against the layer's: 1 on a wall, .2 on the ground
+    flat: float = 1.                        # its height: 1 on a wall, .2 on the ground
     lean: float = 0.                        # sideways pixels a pixel of height, for a low sun
     soft: int = 3                           # radius of the blur, sprite pixels
 
@@ -140,24 +141,23 @@ class Scene:
         "The class of every object id, background left out."
         return {layer.id: layer.label for layer in self.layers if layer.id}
 
-# %% ../../nbs/1_data/14_layers.ipynb #bd71126e
-def _bad(scene, what, got, expected): return DataError(explain(f"scene {scene.name!r}: {what}", got, expected))
-
+# %% ../../nbs/1_data/14_layers.ipynb #b0c075fd
 def check_scene(
     scene: Scene,   # as given
 ) -> None:
     "Refuse a scene whose masks could not be trusted."
+    def bad(*about): return DataError(explain(f"scene {scene.name!r}", *about))
     if scene.n_frames < 1 or min(scene.size) < 1:
-        raise _bad(scene, "size", f"{scene.n_frames} frames of {scene.size}", "at least one frame of one pixel")
+        raise bad(f"{scene.n_frames} frames of {scene.size}", "at least one frame of one pixel")
     if not scene.layers or scene.layers[0].sprite.alpha is not None:
-        raise _bad(scene, "layers", "no endless plane at the back", "layers[0] with a sprite whose alpha is None")
+        raise bad("no endless plane at the back", "layers[0] with a sprite whose alpha is None")
     for layer in scene.layers:
-        name = f"layer {layer.sprite.name!r}"
-        if not 0 <= layer.id < 255: raise _bad(scene, name, f"id {layer.id}", "0 to 254; 255 means ignore")
+        got = f"layer {layer.sprite.name!r} with id {layer.id}, label {layer.label!r}"
+        if not 0 <= layer.id < 255: raise bad(got, "ids 0 to 254; 255 means ignore")
         if bool(layer.id) != bool(layer.label):
-            raise _bad(scene, name, f"id {layer.id}, label {layer.label!r}", "a label for objects, and only for them")
+            raise bad(got, "a label for every object, and only for objects")
         if layer.id and layer.label != scene.classes[layer.id]:
-            raise _bad(scene, name, f"label {layer.label!r}", f"one label for id {layer.id}, as {scene.classes[layer.id]!r}")
+            raise bad(got, f"one label for one id; it was {scene.classes[layer.id]!r} before")
 
 # %% ../../nbs/1_data/14_layers.ipynb #58ed98c6
 def _pose(scene, layer, t):
@@ -268,7 +268,7 @@ def soften(
         image = window / np.float32(2 * radius + 1)
     return image
 
-# %% ../../nbs/1_data/14_layers.ipynb #5e1c4be6
+# %% ../../nbs/1_data/14_layers.ipynb #30adde31
 @lru_cache(maxsize=64)
 def _soft(sprite, radius):
     "The blurred alpha of a sprite, with room for the blur."
@@ -277,7 +277,7 @@ def _soft(sprite, radius):
 def _shade(scene, layer, t, x, y, canvas):
     "Darken the canvas under a layer's shadow."
     s, (_, (_, foot)) = layer.shadow, _pose(scene, layer, t)
-    height = (y - s.offset[1] - foot) / s.flat              # of the point that throws it, over the anchor
+    height = (y - s.offset[1] - foot) / s.flat     # of what throws it, over the anchor
     u, v = to_sprite(scene, layer, t, x - s.offset[0] + s.lean * height, foot + height)
     room = 3 * s.soft + 1
     canvas *= 1 - s.strength * bilinear(_soft(layer.sprite, s.soft), u + room, v + room)[..., None]
@@ -287,10 +287,10 @@ def _window(scene, layer, t):
     (h, w), b = layer.sprite.alpha.shape, abs(layer.motion.bend)
     still = Layer(layer.sprite, replace(layer.motion, bend=0.), parallax=layer.parallax)
     x, y = to_screen(scene, still, t, np.array([-b, w + b, -b, w + b]), np.array([0., 0., h, h]))
-    def cut(p, n): return slice(int(min(max(p.min(), 0), n)), int(min(max(p.max() + 2, 0), n)))
-    return cut(y, scene.size[0]), cut(x, scene.size[1])
+    return tuple(slice(int(min(max(p.min(), 0), n)), int(min(max(p.max() + 2, 0), n)))
+                 for p, n in zip((y, x), scene.size))
 
-# %% ../../nbs/1_data/14_layers.ipynb #60a8a930
+# %% ../../nbs/1_data/14_layers.ipynb #9131a90d
 def paint(
     scene: Scene,     # with colours in its sprites
     t: int,           # frame
@@ -305,12 +305,13 @@ def paint(
         if layer.shadow: _shade(scene, layer, t, x, y, canvas)
         part = ... if s.alpha is None else _window(scene, layer, t)
         u, v = to_sprite(scene, layer, t, x[part], y[part])
-        if s.alpha is None: u, v, cover = mirror(u, s.color.shape[1]), mirror(v, s.color.shape[0]), 1
+        cover = 1
+        if s.alpha is None: u, v = mirror(u, s.color.shape[1]), mirror(v, s.color.shape[0])
         else: cover = bilinear(s.alpha, u, v)[..., None]
         canvas[part] = canvas[part] * (1 - cover) + bilinear(s.color, u, v)
     return canvas
 
-# %% ../../nbs/1_data/14_layers.ipynb #e727445d
+# %% ../../nbs/1_data/14_layers.ipynb #edb2b88f
 def _binomial(x):
     "Blur with the weights 1 2 1 in both directions."
     for axis in (0, 1):
@@ -329,25 +330,25 @@ def expose(
     "Turn a painted frame into what a camera would have stored."
     canvas = (1 - light.blur) * canvas + light.blur * _binomial(canvas)
     dice = np.random.default_rng([seed, t]).integers(0, 256, (4, *canvas.shape[:2]), dtype=np.uint8)
-    grain = (dice.sum(axis=0, dtype=np.int64) - 510) * (light.noise / 147.8)     # sd of four dice: 147.8
+    grain = (dice.sum(axis=0, dtype=np.int64) - 510) * (light.noise / 147.8)  # sd of 4 dice
     gain = 255 * (1 + light.drift * float(wave(t / light.period)))
     levels = canvas * (np.array(light.cast) * gain) + grain[..., None]
     return np.clip(np.floor(levels + .5), 0, 255).astype(np.uint8)
 
-# %% ../../nbs/1_data/14_layers.ipynb #30810378
+# %% ../../nbs/1_data/14_layers.ipynb #816098c1
 @dataclass(frozen=True, eq=False)
 class WorldClip:
     "A rendered clip with everything that is known about it."
     name: str                 # of the scene
-    frames: Tensor | None     # (T, 3, H, W) float32 RGB in [0, 1]; None: only geometry was asked for
+    frames: Tensor | None     # (T, 3, H, W) float32 RGB in [0, 1]; None: geometry only
     masks: Tensor             # (T, H, W) int64 object ids, 0 background
-    flow_fw: Tensor           # (T-1, 2, H, W) float32 (dx, dy) pixels, from t to t+1, at the pixels of t
-    flow_bw: Tensor           # (T-1, 2, H, W) float32 (dx, dy) pixels, from t+1 to t, at the pixels of t+1
+    flow_fw: Tensor           # (T-1, 2, H, W) float32 (dx, dy) pixels, t to t+1, at pixels of t
+    flow_bw: Tensor           # (T-1, 2, H, W) float32 (dx, dy) pixels, t+1 to t, at pixels of t+1
     visible: Tensor           # (T-1, H, W) bool: what a pixel of t shows is still seen in t+1
     visible_bw: Tensor        # (T-1, H, W) bool: what a pixel of t+1 shows was seen in t
     classes: dict[int, str]   # {object id: class}
 
-# %% ../../nbs/1_data/14_layers.ipynb #84c6cba8
+# %% ../../nbs/1_data/14_layers.ipynb #d2214cf3
 def render(
     scene: Scene,          # the world
     frames: bool = True,   # False: geometry only, sprites need no colours
@@ -357,9 +358,10 @@ def render(
     T, (H, W), (x, y) = scene.n_frames, scene.size, pixel_grid(scene.size)
     ids = np.array([layer.id for layer in scene.layers])
     masks = torch.from_numpy(np.stack([ids[top_layer(scene, t, x, y)] for t in range(T)]))
-    pictures = [expose(paint(scene, t), scene.light, t, scene.seed) for t in range(T if frames else 0)]
+    shot = range(T if frames else 0)
+    pictures = [expose(paint(scene, t), scene.light, t, scene.seed) for t in shot]
     rgb = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255 if frames else None
-    (fw, seen_fw), (bw, seen_bw) = (_fields(scene, step) if flow else _fields(scene, 0) for step in (1, -1))
+    (fw, seen_fw), (bw, seen_bw) = (_fields(scene, step * flow) for step in (1, -1))
     return WorldClip(scene.name, rgb, masks, fw, bw, seen_fw, seen_bw, scene.classes)
 
 def _fields(scene, step):

@@ -8,12 +8,13 @@ Docs: https://timet-nb.github.io/timet_nb/3_evaluate/track.html.md"""
 __all__ = ['NUMBERS', 'network_size', 'Tracker', 'track', 'write_tracks', 'TrackScore', 'score_track', 'TrackRows',
            'evaluate_folder', 'evaluate_tracking', 'accumulated_iou']
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #b0e13a3a
+# %% ../../nbs/3_evaluate/35_track.ipynb #f27b3431
 from collections.abc import Iterable, Iterator, Sequence
 import math
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 import torch
 from torch import Tensor
@@ -306,7 +307,7 @@ def _wanted(truth, clips, gt):
     if unknown: raise DataError(f"{gt}: no clip {', '.join(unknown)}; there are {', '.join(list(truth)[:8])}")
     return list(clips)
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #521aef99
+# %% ../../nbs/3_evaluate/35_track.ipynb #f2a10ffc
 def _score_clip(score, name, truth, found, missing, notes):
     "Feed the frames of one clip to `score`; note what has no partner."
     ends = {list(truth)[0], list(truth)[-1]} if score.skip_ends else set()
@@ -334,15 +335,17 @@ def _score_clip(score, name, truth, found, missing, notes):
 
 
 def _reader(files):
-    "A mask reader for one clip: grey 0/255 masks are binary unless a frame of the clip shows ids beside 255."
-    files = list(files)
-    kind = "ids" if any(_ids_and_void(f) for f in files[:: max(1, len(files) // 8)]) else "auto"
+    "A mask reader for one clip: grey 0/255 masks are binary unless a frame of the clip has other ids too."
+    kind = "ids" if any(_grey_ids(f) for f in files) else "auto"
     return lambda path: read_mask(path, kind=kind)
 
 
-def _ids_and_void(path):
-    m = read_mask(path)
-    return bool((m == 255).any() and ((m > 0) & (m < 255)).any())
+def _grey_ids(path):
+    "Whether a mask without a palette holds ids between 0 and 255."
+    try:
+        with Image.open(path) as im: levels = set() if im.mode != "L" else {i for i, n in enumerate(im.histogram()) if n}
+    except Exception: return False          # read_mask will say what is wrong with it
+    return 255 in levels and 0 < len(levels - {0, 255}) <= 100
 
 # %% ../../nbs/3_evaluate/35_track.ipynb #a30b9e9d
 def evaluate_tracking(

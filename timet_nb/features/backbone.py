@@ -35,7 +35,7 @@ def fit_size(
     if how not in turn: raise ConfigError(explain("how", repr(how), ", ".join(turn)))
     return tuple(max(turn[how](v / multiple), 1) * multiple for v in (height, width))
 
-# %% ../../nbs/2_features/21_backbone.ipynb #de2150ae
+# %% ../../nbs/2_features/21_backbone.ipynb #55ffd20f
 _WANT = "(B, 3, H, W) float RGB in [0, 1]"
 
 def check_images(
@@ -45,39 +45,43 @@ def check_images(
     "Stop with got, expected and a remedy when images have another layout, type, range or size."
     if not isinstance(x, Tensor): raise DataError(explain("images", type(x).__name__, _WANT))
     got = f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
-    def wrong(todo): return DataError(explain("images", got, _WANT, todo))
-    if x.ndim == 3: raise wrong("add the batch axis: x[None]")
-    if x.ndim != 4: raise wrong("a clip (B, T, 3, H, W) is flattened first: x.flatten(0, 1)")
-    if x.shape[1] != 3: raise wrong("colours come first: x.permute(0, 3, 1, 2)")
-    if not x.is_floating_point(): raise wrong("divide by 255: x.float() / 255")
+    todo = ("add the batch axis: x[None]" if x.ndim == 3 else
+            "a clip (B, T, 3, H, W) is flattened first: x.flatten(0, 1)" if x.ndim != 4 else
+            "colours come first: x.permute(0, 3, 1, 2)" if x.shape[1] != 3 else
+            "divide by 255: x.float() / 255" if not x.is_floating_point() else "")
+    if todo: raise DataError(explain("images", got, _WANT, todo))
     _check_fit(*x.shape[2:], multiple)
     if x.device.type == "cpu" and x.numel(): _check_range(x.detach().float())
     return x
 
-# %% ../../nbs/2_features/21_backbone.ipynb #c8ea6a84
+# %% ../../nbs/2_features/21_backbone.ipynb #8cf9d26e
 def _check_fit(H, W, multiple):
     "Stop unless patches fill the image; name the sizes that would."
     if H and W and not (H % multiple or W % multiple): return
-    small = min(H, W) < multiple
+    small = f", smaller than one patch of {multiple}" if min(H, W) < multiple else ""
     near = {how: fit_size(H, W, multiple, how) for how in ("nearest", "down", "up")}
     raise DataError(explain(
-        "images", f"{H} x {W} pixels" + (f", smaller than one patch of {multiple}" if small else ""),
+        "images", f"{H} x {W} pixels" + small,
         f"whole patches of {multiple} pixels",
         f"resize to {near['nearest']} (nearest), {near['down']} or {near['up']}, "
         "or give on_size='resize' to create_backbone"))
 
 def _check_range(x):
-    "Stop at NaN, and at values that are no RGB in [0, 1] (a bicubic resize may overshoot a little)."
+    "Stop at NaN, and at values that are no RGB in [0, 1]; a resize may overshoot a little."
     low, high = (float(v) for v in torch.aminmax(x))
     if not (math.isfinite(low) and math.isfinite(high)):
         bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise DataError(explain("images", f"NaN or infinity in image {bad[:8]} of the batch", _WANT))
+        raise DataError(explain("images", f"NaN or infinity in image {bad[:8]}", _WANT))
     if low < -.5 or high > 1.5:
         raise DataError(explain("images", f"values from {low:.3g} to {high:.3g}", _WANT,
                                 "divide by 255; do not normalise, the backbone does"))
 
-# %% ../../nbs/2_features/21_backbone.ipynb #305ca747
+# %% ../../nbs/2_features/21_backbone.ipynb #43f5f7d8
 POSITION_RULES = ("bicubic", "timm", "dino")
+
+def _one_of(what, value, known):
+    "Refuse a setting that is not in the list."
+    if value not in known: raise ConfigError(explain(what, repr(value), ", ".join(map(str, known))))
 
 def resize_positions(
     table: Tensor,          # (1, P + N, D) learned positions; the first P belong to prefix tokens
@@ -87,9 +91,9 @@ def resize_positions(
     prefix: int = 1,        # P: rows that are kept as they are
 ) -> Tensor:                # (1, P + h*w, D)
     "Resize a table of position embeddings; an equal grid returns the table itself."
-    if rule not in POSITION_RULES: raise ConfigError(explain("resize", repr(rule), ", ".join(POSITION_RULES)))
-    if table.shape[1] != prefix + old[0] * old[1]:
-        raise DataError(explain("positions", f"{table.shape[1]} rows", f"{prefix} + {old[0]} x {old[1]}"))
+    _one_of("resize", rule, POSITION_RULES)
+    if (rows := table.shape[1]) != prefix + old[0] * old[1]:
+        raise DataError(explain("positions", f"{rows} rows", f"{prefix} + {old[0]} x {old[1]}"))
     if tuple(old) == tuple(new): return table
     first, grid = table[:, :prefix], table[:, prefix:]
     grid = grid.float().unflatten(1, tuple(old)).permute(0, 3, 1, 2)               # (1, D, h, w)
@@ -98,7 +102,7 @@ def resize_positions(
     grid = F.interpolate(grid, mode="bicubic", **how)
     return torch.cat([first, grid.flatten(2).mT.to(table.dtype)], dim=1)
 
-# %% ../../nbs/2_features/21_backbone.ipynb #e2c4d006
+# %% ../../nbs/2_features/21_backbone.ipynb #b8ff00b8
 NORMALISE = {  # mean and standard deviation of RGB in [0, 1]
     "imagenet": ((.485, .456, .406), (.229, .224, .225)),
     "timet": ((.485, .456, .406), (.228, .224, .225)),        # TimeT's training script
@@ -114,20 +118,21 @@ def _constants(normalise, model_cfg):
         normalise = own if all(own) else "imagenet"
     if isinstance(normalise, str):
         if normalise not in NORMALISE:
-            raise ConfigError(explain("normalise", repr(normalise), "model, " + ", ".join(NORMALISE)))
+            known = ", ".join(NORMALISE)
+            raise ConfigError(explain("normalise", repr(normalise), f"model, {known}"))
         normalise = NORMALISE[normalise]
     return [torch.tensor(v, dtype=torch.float32).reshape(1, 3, 1, 1) for v in normalise]
 
-# %% ../../nbs/2_features/21_backbone.ipynb #20b004e9
+# %% ../../nbs/2_features/21_backbone.ipynb #0fced729
 class Backbone(nn.Module):
     "A timm ViT seen as a map of patch features."
 
     def __init__(self,
-        vit: nn.Module,                    # timm VisionTransformer: dynamic_img_size=True, num_classes=0
+        vit: nn.Module,                    # timm ViT with dynamic_img_size=True, num_classes=0
         name: str = "",                    # what the user called it
-        arch: dict | None = None,          # {"model": timm name, "kwargs": {...}} that rebuilds `vit`
+        arch: dict | None = None,          # {"model": timm name, "kwargs": ...} that rebuilds it
         resize: str = "bicubic",           # one of POSITION_RULES
-        norm: str = "final",               # "final" (the model's own), "plain" (no weights) or "none"
+        norm: str = "final",               # "final" (the model's), "plain" (no weights) or "none"
         normalise: str | tuple = "model",  # "model", a key of NORMALISE, or (mean, std)
         on_size: str = "error",            # images that patches do not fill: "error" or "resize"
         checkpointing: bool = False,       # recompute activations in the backward pass
@@ -135,25 +140,28 @@ class Backbone(nn.Module):
     ):
         "Wrap a ViT; `create_backbone` is the usual way in."
         super().__init__()
-        _one_of("resize", resize, POSITION_RULES); _one_of("on_size", on_size, ("error", "resize"))
-        _one_of("norm", norm, ("final", "plain", "none"))
-        self.vit, self.name, self.arch, self.note, self.head, self.prototypes = vit, name, arch or {}, "", {}, None
-        self.resize, self.norm_mode, self.on_size, self.checkpointing = resize, norm, on_size, checkpointing
+        _one_of("resize", resize, POSITION_RULES); _one_of("norm", norm, ("final", "plain", "none"))
+        _one_of("on_size", on_size, ("error", "resize"))
+        self.vit, self.name, self.arch, self.note = vit, name, arch or {}, ""
+        self.head, self.prototypes = {}, None                      # what came with the weights
+        self.resize, self.norm_mode = resize, norm
+        self.on_size, self.checkpointing = on_size, checkpointing
         _read_shape(self, vit)
         self.plain_norm = nn.LayerNorm(self.dim, eps=1e-6, elementwise_affine=False)
-        for n, v in zip(("mean", "std"), _constants(normalise, getattr(vit, "pretrained_cfg", {}))):
-            self.register_buffer(n, v, persistent=False)
+        _keep_colours(self, normalise, getattr(vit, "pretrained_cfg", {}))
         for block in vit.blocks: block.attn.fused_attn = sdpa
 
-# %% ../../nbs/2_features/21_backbone.ipynb #5b8c846f
-def _one_of(what, value, known):
-    "Refuse a setting that is not in the list."
-    if value not in known: raise ConfigError(explain(what, repr(value), ", ".join(known)))
+# %% ../../nbs/2_features/21_backbone.ipynb #646a5d01
+def _keep_colours(self, normalise, cfg):
+    "Keep mean and std beside the weights; they are not part of a state dict."
+    for n, v in zip(("mean", "std"), _constants(normalise, cfg)):
+        self.register_buffer(n, v, persistent=False)
 
 def _read_shape(self, vit):
     "Copy what a ViT says about itself to plain attributes."
-    self.patch, self.dim, self.prefix = vit.patch_embed.patch_size[0], vit.embed_dim, vit.num_prefix_tokens
-    self.multiple, self.has_cls = self.patch, bool(vit.has_class_token)
+    self.patch, self.dim = vit.patch_embed.patch_size[0], vit.embed_dim
+    self.prefix, self.has_cls = vit.num_prefix_tokens, bool(vit.has_class_token)
+    self.multiple = self.patch
     self.depth = self.split = len(vit.blocks)
     self.heads = vit.blocks[0].attn.num_heads
     self.table_grid = tuple(vit.patch_embed.grid_size)
@@ -174,7 +182,7 @@ def dtype(self: Backbone) -> torch.dtype:
     "Type of the weights."
     return next(self.parameters()).dtype
 
-# %% ../../nbs/2_features/21_backbone.ipynb #ee5e7d7e
+# %% ../../nbs/2_features/21_backbone.ipynb #31a53730
 @patch
 def fit_size(
     self: Backbone,
@@ -196,28 +204,29 @@ def grid(
     _check_fit(height, width, self.multiple)
     return height // self.patch, width // self.patch
 
+# %% ../../nbs/2_features/21_backbone.ipynb #11bddf34
 @patch
 def prepare(
     self: Backbone,
     x: Tensor,        # (B, 3, H, W) float RGB in [0, 1]
 ) -> Tensor:          # (B, 3, H, W) normalised, in the weights' type
     "Check images, resize them if that was asked for, and normalise."
-    if self.on_size == "resize" and isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point():
-        size = self.fit_size(*x.shape[2:])
-        if size != tuple(x.shape[2:]): x = F.interpolate(x, size, mode="bilinear", antialias=True)
+    image = isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point()
+    if image and self.on_size == "resize" and (size := self.fit_size(*x.shape[2:])) != x.shape[2:]:
+        x = F.interpolate(x, size, mode="bilinear", antialias=True)
     check_images(x, self.multiple)
     if x.device != self.device:
         raise DataError(explain("images", f"on {x.device}", f"{self.device}, where the backbone is",
                                 f"x.to({str(self.device)!r})"))
     return ((x.float() - self.mean) / self.std).to(self.dtype)
 
-# %% ../../nbs/2_features/21_backbone.ipynb #fcbcc173
+# %% ../../nbs/2_features/21_backbone.ipynb #95b324a3
 @patch
 def positions(
     self: Backbone,
     h: int,           # patch rows
     w: int,           # patch columns
-) -> Tensor | None:   # (1, P + h*w, D), or (1, h*w, D) where the prefix has no places; None without a table
+) -> Tensor | None:   # (1, P + h*w, D); P = 0 where the prefix has no places; None without a table
     "Position embeddings for a grid, by the chosen rule."
     if self.vit.pos_embed is None: return None
     prefix = 0 if self.vit.no_embed_class else self.prefix
@@ -237,7 +246,7 @@ def embed(
     if places is not None and not vit.no_embed_class: tokens = tokens + places
     return vit.norm_pre(vit.pos_drop(tokens))
 
-# %% ../../nbs/2_features/21_backbone.ipynb #1d7e7594
+# %% ../../nbs/2_features/21_backbone.ipynb #31481b46
 @patch
 def run(
     self: Backbone,
@@ -248,12 +257,13 @@ def run(
     "Run blocks start .. stop-1."
     stop = self.depth if stop is None else stop
     if not 0 <= start <= stop <= self.depth:
-        raise ConfigError(explain("blocks", f"{start} to {stop}", f"0 <= start <= stop <= {self.depth}"))
+        raise ConfigError(explain("blocks", f"{start} to {stop}", f"within 0 to {self.depth}"))
     for block in self.vit.blocks[start:stop]:
         recompute = self.checkpointing and torch.is_grad_enabled()
         tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
     return tokens
 
+# %% ../../nbs/2_features/21_backbone.ipynb #3dae069e
 @patch
 def final_norm(
     self: Backbone,
@@ -274,14 +284,14 @@ def finish(
     if norm: tokens = self.final_norm(tokens)
     return tokens[:, self.prefix:].mT.unflatten(2, tuple(grid))
 
-# %% ../../nbs/2_features/21_backbone.ipynb #4a96fea7
+# %% ../../nbs/2_features/21_backbone.ipynb #a16890a6
 @patch
 def tokens(
     self: Backbone,
     x: Tensor,                # (B, 3, H, W) float RGB in [0, 1]
     block: int = -1,          # whose output: 0 .. depth-1, or from the end
     norm: bool = True,        # with the final norm, or before it
-    attention: bool = False,  # also return the class token's attention in that block, from the same pass
+    attention: bool = False,  # also return the class token's attention, from the same pass
 ) -> Tensor | tuple[Tensor, Tensor]:  # (B, D, h, w), and (B, heads, h, w) where asked for
     "Patch features after one block."
     at = block + self.depth if block < 0 else block
@@ -300,7 +310,7 @@ def forward(
     "Patch features after the last block and the final norm."
     return self.tokens(x)
 
-# %% ../../nbs/2_features/21_backbone.ipynb #4b9386d7
+# %% ../../nbs/2_features/21_backbone.ipynb #0bc14ac5
 @patch
 def attention(
     self: Backbone,
@@ -310,7 +320,7 @@ def attention(
 ) -> Tensor:                # (B, heads, h, w); with the share of the prefix tokens it sums to 1
     "Attention of the class token to the patches in one block: one row of the softmax."
     if not self.has_cls:
-        raise ConfigError(explain("attention", f"{self.name} without class token", "a ViT that has one"))
+        raise ConfigError(explain("attention", f"{self.name}, no class token", "a ViT with one"))
     layer = self.vit.blocks[block]; a, x = layer.attn, layer.norm1(tokens)
     qkv = a.qkv(x).reshape(*x.shape[:2], 3, a.num_heads, a.head_dim).permute(2, 0, 3, 1, 4)
     q, k = a.q_norm(qkv[0, :, :, :1]), a.k_norm(qkv[1])
@@ -325,7 +335,7 @@ def cls_attention(
     "Attention of the class token in the last block; that block itself is not run."
     return self.attention(self.run(self.embed(x), 0, self.depth - 1), self.grid(*x.shape[2:]))
 
-# %% ../../nbs/2_features/21_backbone.ipynb #2a085f7c
+# %% ../../nbs/2_features/21_backbone.ipynb #6fb36a76
 @patch
 def freeze_prefix(
     self: Backbone,
@@ -338,6 +348,7 @@ def freeze_prefix(
     self.requires_grad_(False)
     return list(self.vit.blocks[self.split:].requires_grad_(True).parameters())
 
+# %% ../../nbs/2_features/21_backbone.ipynb #37f17d03
 @patch
 def frozen(
     self: Backbone,
@@ -356,11 +367,12 @@ def tail(
     "Run the trainable blocks on the prefix's tokens."
     return self.finish(self.run(tokens, self.split), grid, norm)
 
-# %% ../../nbs/2_features/21_backbone.ipynb #26fe9d8f
+# %% ../../nbs/2_features/21_backbone.ipynb #b3262b08
 NAMES = {  # our names: timm model and what differs from it
     "dinov2-s14-imgfocus": ("vit_small_patch14_dinov2", {}),
     "random-vit-s14": ("vit_small_patch14_dinov2", {}),
-    "test-vit": ("vit_tiny_patch16_224", dict(patch_size=8, embed_dim=48, depth=4, num_heads=3, img_size=64)),
+    "test-vit": ("vit_tiny_patch16_224",
+                 dict(patch_size=8, embed_dim=48, depth=4, num_heads=3, img_size=64)),
 }
 RANDOM = ("random-vit-s14", "test-vit")
 CNNS = ("efficientnet-lite0-imagenet",)
@@ -373,55 +385,60 @@ def _build(model, kwargs, seed):
         raise ConfigError(explain("architecture", repr(model), "a ViT of timm", f"near: {near}"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try: vit = timm.create_model(model, pretrained=False, num_classes=0, dynamic_img_size=True, **kwargs)
-        except TypeError as e: raise ConfigError(explain(model, str(e), "a plain ViT of timm")) from e
+        try: vit = timm.create_model(model, num_classes=0, dynamic_img_size=True, **kwargs)
+        except TypeError as e:
+            raise ConfigError(explain(model, str(e), "a plain ViT of timm")) from e
     if type(vit).__name__ != "VisionTransformer":
         raise ConfigError(explain(model, f"a {type(vit).__name__}", "a plain ViT of timm"))
     return vit.eval()
 
-# %% ../../nbs/2_features/21_backbone.ipynb #61863e2d
+# %% ../../nbs/2_features/21_backbone.ipynb #55b6916d
 _SIZES = {192: ("tiny", 12), 384: ("small", 12), 768: ("base", 12), 1024: ("large", 24)}
 
 def describe_vit(
     state: dict[str, Tensor],  # a ViT's state dict under timm's names
+    img_size: int | tuple | None = None,  # pixels of its position table; None: a square table tells
 ) -> dict:                     # {"model": timm name, "kwargs": what differs from it}
     "Read a ViT's architecture off the shapes of its tensors."
     need = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight")
     if missing := [k for k in need if k not in state]:
-        raise CheckpointError(explain("weights", f"no {', '.join(missing)}", "a ViT under timm's names"))
+        raise CheckpointError(explain("weights", f"no {', '.join(missing)}",
+                                      "a ViT under timm's names"))
     dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
     if dim not in _SIZES:
-        raise CheckpointError(explain("weights", f"a ViT {dim} wide", f"a width of {', '.join(map(str, _SIZES))}",
-                                      "say which architecture it is: create_backbone(timm_name, path=...)"))
+        raise CheckpointError(explain("weights", f"a ViT {dim} wide", f"one of {list(_SIZES)}",
+                                      "name it: create_backbone(timm_name, path=...)"))
     size, usual = _SIZES[dim]
-    scaled, registers = "blocks.0.ls1.gamma" in state, "reg_token" in state
-    dinov2 = scaled and size != "tiny"
-    model = f"vit_{size}_patch14{'_reg4' if registers else ''}_dinov2" if dinov2 else f"vit_{size}_patch16_224"
-    kwargs = dict(img_size=_table_pixels(state))
+    dinov2 = "blocks.0.ls1.gamma" in state and size != "tiny"
+    registers = "_reg4" if "reg_token" in state else ""
+    model = f"vit_{size}_patch14{registers}_dinov2" if dinov2 else f"vit_{size}_patch16_224"
+    kwargs = dict(img_size=img_size or _table_pixels(state))
     if patch_size != (14 if dinov2 else 16): kwargs["patch_size"] = patch_size
     if depth != usual: kwargs["depth"] = depth
     return dict(model=model, kwargs=kwargs)
 
+# %% ../../nbs/2_features/21_backbone.ipynb #1c089380
 def _table_pixels(state):
     "Image size that the position table was made for; a table must be square to tell."
-    rows = state["pos_embed"].shape[1] - (0 if "reg_token" in state else int("cls_token" in state))
+    prefix = 0 if "reg_token" in state else int("cls_token" in state)
+    rows = state["pos_embed"].shape[1] - prefix
     side = math.isqrt(rows)
     if side * side == rows: return side * state["patch_embed.proj.weight"].shape[-1]
     raise CheckpointError(explain("position table", f"{rows} patch rows", "a square grid",
                                   "give the image size: img_size=(H, W)"))
 
-# %% ../../nbs/2_features/21_backbone.ipynb #bd2fd178
+# %% ../../nbs/2_features/21_backbone.ipynb #3b75879b
 def create_backbone(
-    name: str | Path = "dinov2-s14-imgfocus",  # our name, a timm ViT, a CNN of CNNS, or a weights file
+    name: str | Path = "dinov2-s14-imgfocus",  # our name, a timm ViT, one of CNNS, or a file
     path: str | Path | None = None,    # weights file for the architecture `name`
     depth: int | None = None,          # keep the first `depth` blocks only
     pretrained: bool = True,           # False: random weights of that architecture
     resize: str | None = None,         # one of POSITION_RULES; None: the file's own, else "bicubic"
-    norm: str | None = None,           # "final", "plain" or "none"; None: the file's own, else "final"
+    norm: str | None = None,           # "final", "plain", "none"; None: the file's own, else "final"
     seed: int = 0,                     # seed of random weights
-    img_size: int | tuple | None = None,  # pixels of the position table; None: the file's or the model's
-    normalise: str | tuple = "model",  # "model", a key of NORMALISE ("timet": the .228 slip), or (mean, std)
+    img_size: int | tuple | None = None,  # pixels of the position table; None: as in the file
+    normalise: str | tuple = "model",  # "model", a key of NORMALISE ("timet": .228), or (mean, std)
     network: str | None = None,        # "student" or "teacher" where a file holds both
     layout: str = "auto",              # key layout of a file, see `split_checkpoint`
     on_size: str = "error",            # images that patches do not fill: "error" or "resize"
@@ -431,20 +448,28 @@ def create_backbone(
 ):                                     # Backbone, or CnnBackbone for a CNN; in eval mode
     "Build a backbone by name or from a file, with weights that were checked."
     if str(name) in CNNS:
-        cnn = _create_cnn(str(name), path, pretrained, seed, normalise, on_size, min_fraction, **options)
-        return cnn.to(device).eval()
+        some = dict(seed=seed, normalise=normalise, on_size=on_size, min_fraction=min_fraction)
+        return _create_cnn(str(name), path, pretrained, **some, **options).to(device).eval()
     state, info = _find_state(name, path, pretrained, layout, network)
-    arch, header = _arch_of(str(name), state, info, img_size), info.get("header", {})
+    arch = _arch_of(str(name), state, info, img_size)
     vit = _build(arch["model"], arch["kwargs"], seed)
     if depth is not None: arch = _cut(vit, arch, depth)
     if state is not None: _fill(vit, state, min_fraction, str(path or name))
-    if normalise == "model" and "mean" in header: normalise = header["mean"], header["std"]
-    made = Backbone(vit, str(name), arch, resize or header.get("resize", "bicubic"),
-                    norm or header.get("norm", "final"), normalise, on_size, **options)
-    made.note, made.head, made.prototypes = info.get("note", ""), info.get("head", {}), info.get("prototypes")
+    made = _dress(vit, str(name), arch, info, resize, norm, normalise, on_size=on_size, **options)
     return made.to(device).eval()
 
-# %% ../../nbs/2_features/21_backbone.ipynb #ba480a3a
+# %% ../../nbs/2_features/21_backbone.ipynb #4547516a
+def _dress(vit, name, arch, info, resize, norm, normalise, **options):
+    "Wrap a ViT; settings left open come from the file's header."
+    header = info.get("header", {})
+    if normalise == "model" and "mean" in header: normalise = header["mean"], header["std"]
+    resize, norm = resize or header.get("resize", "bicubic"), norm or header.get("norm", "final")
+    made = Backbone(vit, name, arch, resize, norm, normalise, **options)
+    made.note, made.head = info.get("note", ""), info.get("head", {})
+    made.prototypes = info.get("prototypes")
+    return made
+
+# %% ../../nbs/2_features/21_backbone.ipynb #071d6e56
 def _find_state(name, path, pretrained, layout, network):
     "Weights and where they came from; (None, {}) for random ones."
     if path is not None: return weights_for(path, layout, network)
@@ -452,36 +477,49 @@ def _find_state(name, path, pretrained, layout, network):
     return weights_for(name, layout, network)
 
 def _arch_of(name, state, info, img_size):
-    "Timm model and kwargs: by our name, from the header, by timm's name, or from the shapes."
+    "Timm model and kwargs: by name, or where the name is a file, from its header or its shapes."
     header = info.get("header", {}).get("arch")
+    is_file = info.get("source") == "file" and str(info["path"]) == str(Path(name).expanduser())
     if name in NAMES: arch = dict(model=NAMES[name][0], kwargs=dict(NAMES[name][1]))
+    elif not is_file: arch = dict(model=name, kwargs={})
     elif header: arch = dict(model=header["model"], kwargs=dict(header["kwargs"]))
-    elif state is None or import_timm().is_model(name): arch = dict(model=name, kwargs={})
-    else: arch = describe_vit(state)
+    else: arch = describe_vit(state, img_size)
     if img_size is not None: arch["kwargs"]["img_size"] = img_size
-    elif state is not None and not header and "pos_embed" in state: arch["kwargs"]["img_size"] = _table_pixels(state)
+    elif state is not None and not (header and is_file): _adopt_table(arch["kwargs"], state)
     return arch
+
+def _adopt_table(kwargs, state):
+    "Build the model for the image size that the file's position table was made for."
+    if {"pos_embed", "patch_embed.proj.weight"} <= set(state):
+        kwargs["img_size"] = _table_pixels(state)
 
 def _cut(vit, arch, depth):
     "Keep the first blocks of a ViT and note it in the architecture."
-    if not 1 <= depth <= len(vit.blocks): raise ConfigError(explain("depth", depth, f"1 to {len(vit.blocks)}"))
+    if not 1 <= depth <= len(vit.blocks):
+        raise ConfigError(explain("depth", depth, f"1 to {len(vit.blocks)}"))
     vit.blocks = vit.blocks[:depth]
     return dict(arch, kwargs=dict(arch["kwargs"], depth=depth))
 
-# %% ../../nbs/2_features/21_backbone.ipynb #2d298781
+# %% ../../nbs/2_features/21_backbone.ipynb #4f75c727
 def _fill(vit, state, min_fraction, source):
     "Load the tensors that this ViT has; blocks beyond a cut and classifiers are left out."
-    def wanted(k): return not (k.startswith("blocks.") and int(k.split(".")[1]) >= len(vit.blocks))
-    state = {k: v for k, v in state.items() if wanted(k) and not k.startswith(("head.", "head_dist.", "fc_norm."))}
-    pos, own = state.get("pos_embed"), vit.pos_embed
-    if pos is not None and own is not None and pos.shape != own.shape and pos.shape[-1] == own.shape[-1]:
-        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        side = math.isqrt(pos.shape[1] - prefix)
-        if side * side == pos.shape[1] - prefix:
-            state["pos_embed"] = resize_positions(pos, (side, side), vit.patch_embed.grid_size, "bicubic", prefix)
+    def wanted(k):  # a name
+        "Blocks that are there, and no classifier."
+        beyond = k.startswith("blocks.") and int(k.split(".")[1]) >= len(vit.blocks)
+        return not beyond and not k.startswith(("head.", "head_dist.", "fc_norm."))
+    state = {k: v for k, v in state.items() if wanted(k)}
+    if vit.pos_embed is not None and "pos_embed" in state:
+        state["pos_embed"] = _fit_table(vit, state["pos_embed"])
     load_into(vit, state, min_fraction, source)
 
-# %% ../../nbs/2_features/21_backbone.ipynb #2994670f
+def _fit_table(vit, table):
+    "Resize a square position table to the model's grid; leave what does not look like one."
+    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    side = math.isqrt(table.shape[1] - prefix)
+    if table.shape[2] != vit.embed_dim or side * side != table.shape[1] - prefix: return table
+    return resize_positions(table, (side, side), vit.patch_embed.grid_size, "bicubic", prefix)
+
+# %% ../../nbs/2_features/21_backbone.ipynb #56c713ca
 @patch
 def timm_call(
     self: Backbone,
@@ -490,8 +528,10 @@ def timm_call(
     "The line that loads a file of `save_timm` with plain timm."
     kwargs = dict(self.arch["kwargs"], num_classes=0, checkpoint_path=str(path))
     if self.norm_mode == "none": kwargs["final_norm"] = False
-    return f"timm.create_model({self.arch['model']!r}, " + ", ".join(f"{k}={v!r}" for k, v in kwargs.items()) + ")"
+    words = [repr(self.arch["model"]), *(f"{k}={v!r}" for k, v in kwargs.items())]
+    return f"timm.create_model({', '.join(words)})"
 
+# %% ../../nbs/2_features/21_backbone.ipynb #5473ad1d
 @patch
 def save_timm(
     self: Backbone,
@@ -504,11 +544,12 @@ def save_timm(
     if self.norm_mode == "none": state = {k: v for k, v in state.items() if k not in norm}
     if self.norm_mode == "plain":
         state |= {k: torch.full_like(state[k], float(k.endswith("weight"))) for k in norm}
-    notes = dict(arch=self.arch, name=self.name, resize=self.resize, norm=self.norm_mode, timm=self.timm_call(),
-                 mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist())
+    notes = dict(arch=self.arch, name=self.name, resize=self.resize, norm=self.norm_mode,
+                 timm=self.timm_call(), mean=self.mean.flatten().tolist(),
+                 std=self.std.flatten().tolist())
     return save_state(path, state, notes | (header or {}))
 
-# %% ../../nbs/2_features/21_backbone.ipynb #74d6fa48
+# %% ../../nbs/2_features/21_backbone.ipynb #66b82706
 @patch
 def random_like(
     self: Backbone,
@@ -517,7 +558,8 @@ def random_like(
     "Build the control that every claim needs: the same backbone, untrained."
     vit = _build(self.arch["model"], self.arch["kwargs"], seed)
     pair = self.mean.flatten().tolist(), self.std.flatten().tolist()
-    twin = Backbone(vit, f"random {self.name}", self.arch, self.resize, self.norm_mode, pair, self.on_size)
+    twin = Backbone(vit, f"random {self.name}", self.arch, self.resize, self.norm_mode, pair,
+                    self.on_size)
     return twin.to(self.device, self.dtype).eval()
 
 def _digest(state, *settings):
@@ -527,10 +569,10 @@ def _digest(state, *settings):
 @patch
 def fingerprint(self: Backbone) -> str:  # 64 hex digits
     "Hash the weights and every setting that changes the features."
-    return _digest(self.vit.state_dict(), self.resize, self.norm_mode, self.on_size, self.patch, self.table_grid,
-                   self.mean.flatten().tolist(), self.std.flatten().tolist(), str(self.dtype))
+    settings = self.resize, self.norm_mode, self.on_size, self.table_grid, str(self.dtype)
+    return _digest(self.vit.state_dict(), settings, self.mean.tolist(), self.std.tolist())
 
-# %% ../../nbs/2_features/21_backbone.ipynb #19cf74eb
+# %% ../../nbs/2_features/21_backbone.ipynb #c17cc33e
 class CnnBackbone(nn.Module):
     "A timm CNN with the same face as `Backbone`: features at one or several strides."
 
@@ -547,17 +589,18 @@ class CnnBackbone(nn.Module):
         super().__init__()
         _one_of("on_size", on_size, ("error", "resize"))
         self.cnn, self.strides, self.name, self.arch = cnn, tuple(strides), name, arch or {}
-        self.on_size, self.balance, self.note, self.head, self.prototypes = on_size, balance, "", {}, None
+        self.on_size, self.balance, self.note = on_size, balance, ""
+        self.head, self.prototypes = {}, None
         self.patch, self.multiple = min(strides), max(strides)
         self.dims = tuple(cnn.feature_info.channels()); self.dim = sum(self.dims)
         self.depth, self.prefix, self.heads, self.has_cls = len(self.strides), 0, 0, False
         cfg = getattr(cnn, "pretrained_cfg", None) or cnn.default_cfg
-        for n, v in zip(("mean", "std"), _constants(normalise, cfg)): self.register_buffer(n, v, persistent=False)
+        _keep_colours(self, normalise, cfg)
 
     device, dtype, grid = Backbone.device, Backbone.dtype, Backbone.grid
     prepare, fit_size = Backbone.prepare, Backbone.fit_size
 
-# %% ../../nbs/2_features/21_backbone.ipynb #c78e6c3c
+# %% ../../nbs/2_features/21_backbone.ipynb #191d1859
 @patch
 def tokens(
     self: CnnBackbone,
@@ -568,11 +611,13 @@ def tokens(
     "Features at one stride, or of all strides side by side."
     maps = self.cnn(self.prepare(x))
     if block not in (None, -1):
-        if not 0 <= block < self.depth: raise ConfigError(explain("block", block, f"0 to {self.depth - 1}"))
+        _one_of("block", block, range(self.depth))
         return maps[block]
     if self.balance and norm: maps = [F.normalize(m, dim=1) for m in maps]
-    return torch.cat([F.interpolate(m, maps[0].shape[2:], mode="bilinear") for m in maps], dim=1)
+    size = maps[0].shape[2:]
+    return torch.cat([F.interpolate(m, size, mode="bilinear") for m in maps], dim=1)
 
+# %% ../../nbs/2_features/21_backbone.ipynb #7b96a215
 @patch
 def forward(
     self: CnnBackbone,
@@ -587,28 +632,31 @@ def cls_attention(
     x: Tensor,        # (B, 3, H, W) images
 ):
     "Refuse: a CNN has no class token."
-    raise ConfigError(explain("attention", f"{self.name}, a CNN without class token", "a ViT"))
+    raise ConfigError(explain("attention", f"{self.name}, which has no class token", "a ViT"))
 
 @patch
 def fingerprint(self: CnnBackbone) -> str:  # 64 hex digits
     "Hash the weights and every setting that changes the features."
-    return _digest(self.cnn.state_dict(), self.strides, self.balance, self.on_size,
-                   self.mean.flatten().tolist(), self.std.flatten().tolist(), str(self.dtype))
+    settings = self.strides, self.balance, self.on_size, str(self.dtype)
+    return _digest(self.cnn.state_dict(), settings, self.mean.tolist(), self.std.tolist())
 
-# %% ../../nbs/2_features/21_backbone.ipynb #d4b864d6
-def _create_cnn(name, path, pretrained, seed, normalise, on_size, min_fraction, strides=(8, 16, 32), balance=True):
+# %% ../../nbs/2_features/21_backbone.ipynb #b89da6cc
+def _create_cnn(name, path, pretrained, seed=0, normalise="model", on_size="error", min_fraction=1.,
+                strides=(8, 16, 32), balance=True):
     "Build EfficientNet-Lite0 with the strides asked for."
     known = (2, 4, 8, 16, 32)
     strides = tuple(sorted({int(s) for s in strides}))
-    if not strides or not set(strides) <= set(known): raise ConfigError(explain("strides", strides, f"some of {known}"))
+    if not strides or not set(strides) <= set(known):
+        raise ConfigError(explain("strides", strides, f"some of {known}"))
     kwargs = dict(features_only=True, out_indices=tuple(known.index(s) for s in strides))
-    timm = import_timm()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        cnn = timm.create_model("tf_efficientnet_lite0", pretrained=False, **kwargs)
+        cnn = import_timm().create_model("tf_efficientnet_lite0", pretrained=False, **kwargs)
     if pretrained:
         state = load_state(path) if path else weights_for(name)[0]
-        load_into(cnn, {k: v for k, v in state.items() if k in cnn.state_dict()}, min_fraction, name)
-    made = CnnBackbone(cnn, strides, name, dict(model="tf_efficientnet_lite0", kwargs=kwargs), normalise, on_size, balance)
+        own = cnn.state_dict()
+        load_into(cnn, {k: v for k, v in state.items() if k in own}, min_fraction, name)
+    arch = dict(model="tf_efficientnet_lite0", kwargs=kwargs)
+    made = CnnBackbone(cnn, strides, name, arch, normalise, on_size, balance)
     made.note = SHIPPED[name].note if pretrained else ""
     return made

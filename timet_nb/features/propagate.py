@@ -7,13 +7,11 @@ Docs: https://timet-nb.github.io/timet_nb/2_features/propagate.html.md"""
 # %% auto #0
 __all__ = ['LOGIT_BYTES', 'neighbourhood', 'unit_tokens', 'blend', 'blend_official', 'Propagator', 'propagate', 'ids_to_grid']
 
-# %% ../../nbs/2_features/23_propagate.ipynb #41cb4cf2
+# %% ../../nbs/2_features/23_propagate.ipynb #369d13c1
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
-
-# %% ../../nbs/2_features/23_propagate.ipynb #7b9ab944
 from ..base.runtime import ConfigError, DataError, explain
 
 # %% ../../nbs/2_features/23_propagate.ipynb #b2f45e67
@@ -46,7 +44,7 @@ def unit_tokens(
     _check_tokens(x, norm, frame)
     return x / norm
 
-# %% ../../nbs/2_features/23_propagate.ipynb #111d11a2
+# %% ../../nbs/2_features/23_propagate.ipynb #30133189
 def _check_tokens(x, norm, frame):
     "Refuse NaN, zero vectors and constant maps with one look at three small numbers a clip."
     low, high = norm.amin(dim=(1, 2)), norm.amax(dim=(1, 2))
@@ -56,16 +54,17 @@ def _check_tokens(x, norm, frame):
     if (low == 0).any(): _refuse(x, frame, "patches of zero length", norm == 0)
     if x.shape[1] > 1 and (spread < 1e-6).any(): raise DataError(explain(
         f"features of frame {frame}", f"a map that is the same at all {x.shape[1]} patches",
-        "features that differ from place to place", "is the frame blank, or the backbone not loaded?"))
+        "features that differ from place to place",
+        "is the frame blank, or the backbone not loaded?"))
 
 def _refuse(x, frame, what, bad):
     "Name the frame and the first patch that cannot be compared."
     clip, place = bad[..., 0].nonzero()[0].tolist()
-    raise DataError(explain(
-        f"features of frame {frame}", f"{what}: {int(bad.sum())} patches, first patch {place} of clip {clip}",
-        f"finite, non-zero vectors of width {x.shape[-1]}"))
+    got = f"{what}: {int(bad.sum())} patches, first patch {place} of clip {clip}"
+    want = f"finite, non-zero vectors of width {x.shape[-1]}"
+    raise DataError(explain(f"features of frame {frame}", got, want))
 
-# %% ../../nbs/2_features/23_propagate.ipynb #892331a7
+# %% ../../nbs/2_features/23_propagate.ipynb #8a6d4009
 def blend(
     target: Tensor,        # (B, Q, D) unit rows: the patches that want a label
     sources: Tensor,       # (C, B, M, D) unit rows: M candidates in each of C context frames
@@ -76,22 +75,22 @@ def blend(
 ) -> Tensor:               # (B, Q, K) soft labels, rows sum to what the labels' rows sum to
     "Blend the labels of the `topk` candidates each target resembles most, over all frames jointly."
     C, B, M, K = labels.shape
-    sim = torch.matmul(target, sources.mT)                                # (C, B, Q, M) cosines
-    value, frame, place = _best(sim, near, topk)                          # (B, Q, k) each
+    sim = torch.matmul(target, sources.mT)                       # (C, B, Q, M) cosines
+    value, frame, place = _best(sim, near, topk)                 # (B, Q, k) each
     clip = torch.arange(B, device=place.device)[:, None, None]
-    row = (frame * B + clip) * M + place                                  # row of labels.flatten(0, 2)
+    row = (frame * B + clip) * M + place                         # in labels.flatten(0, 2)
     weight = (value / temperature).softmax(-1).to(labels.dtype)
     return _weighted_rows(labels.reshape(C * B * M, K), row, weight)
 
-# %% ../../nbs/2_features/23_propagate.ipynb #8fa8d780
+# %% ../../nbs/2_features/23_propagate.ipynb #3dbbdbd6
 def _best(sim, near, topk):
-    "The `topk` largest of (C, B, Q, M) over frames and places: values, frames, places, each (B, Q, k)."
-    best = sim.amax(0) if len(sim) > 1 else sim[0]                        # the best frame of each place
+    "The `topk` largest of (C, B, Q, M): values, frames, places, each (B, Q, k)."
+    best = sim.amax(0) if len(sim) > 1 else sim[0]               # the best frame of each place
     if near is not None: best = best.masked_fill(~near, -torch.inf)
     top, place = best.topk(min(topk, best.shape[-1]), dim=-1)
-    few = sim.gather(-1, place.expand(len(sim), *place.shape))            # (C, B, Q, k)
+    few = sim.gather(-1, place.expand(len(sim), *place.shape))   # (C, B, Q, k)
     few = few.masked_fill(top.isneginf(), -torch.inf).movedim(0, -1).flatten(2)
-    value, pick = few.topk(min(topk, few.shape[-1]), dim=-1)              # columns: place-major, frame-minor
+    value, pick = few.topk(min(topk, few.shape[-1]), dim=-1)     # place-major, frame-minor
     return value, pick % len(sim), place.gather(-1, pick // len(sim))
 
 # %% ../../nbs/2_features/23_propagate.ipynb #308ef5d8
@@ -119,11 +118,11 @@ def blend_official(
     table = labels.double().movedim(1, 0).flatten(1, 2)                   # (B, C*M, K)
     return (weight / weight.sum(-1, keepdim=True)) @ table
 
-# %% ../../nbs/2_features/23_propagate.ipynb #73a5c512
+# %% ../../nbs/2_features/23_propagate.ipynb #e6075870
 class Propagator:
     "Carry labels through a stream of any length; frame 0 is kept for ever, the rest is a queue."
     def __init__(self,
-        labels: Tensor,        # (B?, K, h', w') soft labels of frame 0, resized to the grid if needed
+        labels: Tensor,        # (B?, K, h', w') soft labels of frame 0, of any size
         features: Tensor,      # (B?, D, h, w) features of frame 0
         n_last: int = 7,       # how many propagated frames are kept beside frame 0, >= 0
         topk: int = 5,         # sources one target listens to, >= 1
@@ -140,7 +139,7 @@ class Propagator:
         _check_start(self, labels, features, n_last)
         self._start(labels, features, n_last)
 
-# %% ../../nbs/2_features/23_propagate.ipynb #81361f39
+# %% ../../nbs/2_features/23_propagate.ipynb #fd8ddf28
 @patch
 def _start(self: Propagator, labels, features, n_last):
     "Put frame 0 in slot 0 of two arrays that never grow."
@@ -150,18 +149,22 @@ def _start(self: Propagator, labels, features, n_last):
     self.labels = labels.new_empty(1 + n_last, *labels.shape)             # (1 + n_last, B, N, K)
     self.sources[0], self.labels[0] = tokens, labels
 
+# %% ../../nbs/2_features/23_propagate.ipynb #61dd551c
 def _check_start(self, labels, features, n_last):
     "Refuse settings without meaning, and labels and features that do not belong together."
     s = dict(topk=self.topk, n_last=n_last, radius=self.radius, temperature=self.temperature)
-    if self.topk < 1 or n_last < 0 or self.radius < 0 or not self.temperature > 0: raise ConfigError(
-        explain("propagation", s, "topk >= 1, n_last >= 0, radius >= 0, temperature > 0"))
-    if features.dim() != 4 or labels.dim() != 4 or len(features) != len(labels): raise DataError(explain(
-        "labels and features of frame 0", f"{tuple(labels.shape)} and {tuple(features.shape)}, batch axis first",
-        "(B, K, h', w') and (B, D, h, w), as many clips in both"))
-    if not labels.float().isfinite().all(): raise DataError(explain("labels of frame 0", "NaN", "finite numbers"))
+    if self.topk < 1 or n_last < 0 or self.radius < 0 or not self.temperature > 0:
+        want = "topk >= 1, n_last >= 0, radius >= 0, temperature > 0"
+        raise ConfigError(explain("propagation", s, want))
+    if features.dim() != 4 or labels.dim() != 4 or len(features) != len(labels):
+        got = f"{tuple(labels.shape)} and {tuple(features.shape)}, batch axis first"
+        want = "(B, K, h', w') and (B, D, h, w), as many clips in both"
+        raise DataError(explain("labels and features of frame 0", got, want))
+    if not labels.float().isfinite().all():
+        raise DataError(explain("labels of frame 0", "NaN or infinity", "finite numbers"))
 
-# %% ../../nbs/2_features/23_propagate.ipynb #cdc3230a
-LOGIT_BYTES = 32 * 2 ** 20   # similarities held at once on a CPU; sixteen times as many on a GPU
+# %% ../../nbs/2_features/23_propagate.ipynb #e01b8051
+LOGIT_BYTES = 12 * 2 ** 20   # similarities held at once on a CPU; 64 times as many on a GPU
 
 @patch
 def _label(self: Propagator, tokens):
@@ -182,7 +185,7 @@ def _rows_at_once(self: Propagator, maps, device):
     "How many grid rows of targets keep the similarities within the budget."
     h, w = self.grid
     if self.chunk is not None: return max(1, min(h, self.chunk // w))
-    budget = LOGIT_BYTES * (16 if device.type == "cuda" else 1)
+    budget = LOGIT_BYTES * (64 if device.type == "cuda" else 1)
     return max(1, min(h, budget // (4 * maps * h * w * w)))
 
 # %% ../../nbs/2_features/23_propagate.ipynb #4cfc367e
@@ -227,20 +230,23 @@ def propagate(
                         chunk, dtype, official)
     return torch.stack([stream.step(f) for f in later], -4)
 
-# %% ../../nbs/2_features/23_propagate.ipynb #34a026e6
+# %% ../../nbs/2_features/23_propagate.ipynb #3b721f64
 def ids_to_grid(
     ids: Tensor,           # (..., H, W) int, 0 = background, `ignore` = unknown
     k: int,                # number of classes; ids must be < k
     grid: tuple[int, int], # (h, w) patch grid
-    how: str = "area",     # "area" = share of each class, "nearest" = one pixel speaks for the patch
+    how: str = "area",     # "area" = share of each class, "nearest" = one pixel decides
     ignore: int = 255,     # counts for no class; a patch of nothing else is background
 ) -> Tensor:               # (..., k, h, w) float32, sums to 1 over k
     "Turn a mask of ids into soft labels on the patch grid."
     wrong = (ids != ignore) & ((ids < 0) | (ids >= k))
-    if wrong.any(): raise DataError(explain("mask", f"id {int(ids[wrong][0])}", f"0..{k - 1}, or {ignore} = ignore"))
-    if how not in ("area", "nearest"): raise ConfigError(explain("how", repr(how), "'area' or 'nearest'"))
+    if wrong.any():
+        want = f"0..{k - 1}, or {ignore} = ignore"
+        raise DataError(explain("mask", f"id {int(ids[wrong][0])}", want))
+    if how not in ("area", "nearest"): raise ConfigError(explain("how", repr(how), "area, nearest"))
     hot = torch.stack([ids == c for c in range(k)], -3).float().reshape(-1, k, *ids.shape[-2:])
-    soft = F.adaptive_avg_pool2d(hot, grid) if how == "area" else F.interpolate(hot, grid, mode="nearest")
+    if how == "area": soft = F.adaptive_avg_pool2d(hot, grid)
+    else: soft = F.interpolate(hot, grid, mode="nearest")
     total = soft.sum(1, keepdim=True)
     soft = torch.cat([soft[:, :1] + (total == 0), soft[:, 1:]], 1) / total.where(total > 0, 1.)
     return soft.reshape(*ids.shape[:-2], k, *grid)

@@ -70,18 +70,20 @@ def _first_line(e):
     "First line of an exception's text."
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
-# %% ../../nbs/2_features/20_weights.ipynb #e753dcc6
+# %% ../../nbs/2_features/20_weights.ipynb #b7eab95f
 def _read_torch(path):
     "Read a torch file as data only."
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with (open(path, "rb") as f, warnings.catch_warnings(),      # a handle: no name, no guessing
+              torch.serialization.safe_globals([argparse.Namespace])):
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(f, map_location="cpu", weights_only=True)
     except Exception as e: raise _refuse(path, _why_torch(path, e)) from e
 
 def _why_torch(path, e):
     "Say in one sentence why torch would not read the file."
-    try: asks = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    try:
+        with open(path, "rb") as f: asks = torch.serialization.get_unsafe_globals_in_checkpoint(f)
     except Exception: asks = []
     asks = [a for a in asks if a != "argparse.Namespace"]
     if not asks: return f"not a sound torch file: {_first_line(e)}"
@@ -132,7 +134,7 @@ def fingerprint(
         h.update(t.reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../../nbs/2_features/20_weights.ipynb #3de70338
+# %% ../../nbs/2_features/20_weights.ipynb #df4cc364
 def save_state(
     path: str | Path,            # where to write; the old file stays until the new one is complete
     state: dict[str, Tensor],    # names to tensors
@@ -142,26 +144,26 @@ def save_state(
     from safetensors.torch import save_file
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
-    notes = dict(format="pt", timet=json.dumps(header or {}, sort_keys=True, default=str),
-                 fingerprint=fingerprint(state))
-    with atomic_write(path) as tmp: save_file(state, tmp, metadata=notes); tmp.chmod(0o644)
+    notes = json.dumps(dict(fingerprint=fingerprint(state), notes=header or {}), sort_keys=True,
+                       default=str)
+    with atomic_write(path) as tmp:
+        save_file(state, tmp, metadata=dict(timet=notes)); tmp.chmod(0o644)
     return path
 
 def _metadata(path):
-    "The free text in a safetensors header; {} for other files."
+    "What our own files keep in their header: fingerprint and notes; {} for other files."
     if file_kind(path) != "safetensors": return {}
     try:
         with open(path, "rb") as f: head = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
-        return {k: v for k, v in head.get("__metadata__", {}).items() if isinstance(v, str)}
+        return dict(json.loads(head.get("__metadata__", {}).get("timet", "{}")))
     except Exception as e: raise _refuse(path, f"damaged header: {_first_line(e)}") from e
 
-# %% ../../nbs/2_features/20_weights.ipynb #917a8e7a
+# %% ../../nbs/2_features/20_weights.ipynb #da00e7f3
 def load_header(
     path: str | Path,  # a file of `save_state`; any other file gives {}
 ) -> dict:             # the notes
     "Read the notes in a header without touching the tensors."
-    try: notes = json.loads(_metadata(path).get("timet", "{}"))
-    except json.JSONDecodeError as e: raise _refuse(path, f"damaged header: {e}") from e
+    notes = _metadata(path).get("notes", {})
     return notes if isinstance(notes, dict) else {}
 
 # %% ../../nbs/2_features/20_weights.ipynb #f5267c7f
