@@ -63,6 +63,16 @@ def test_reads_what_the_content_is(tmp_path, name):
     assert fingerprint(load_state(str(path))) == fingerprint(state)
 
 
+def test_header_lengths_that_look_like_other_formats(tmp_path):
+    "A safetensors file begins with its header's length: 0x80 there is no pickle, 0x50 0x4b is no zip."
+    seen = set()
+    for n in [*range(0, 260, 8), 0x4b50 - 400]:
+        path = save_state(tmp_path / "a", {"w": torch.ones(3)}, dict(pad="x" * n))
+        seen.add(path.read_bytes()[0])
+        assert W.file_kind(path) == "safetensors" and load_header(path)["pad"] == "x" * n and set(load_state(path)) == {"w"}
+    assert 0x80 in seen and 0x50 in seen
+
+
 def test_nested_file_keeps_its_shape(tmp_path):
     torch.save({"epoch": 3, "model": small_state(), "args": argparse.Namespace(lr=.1)}, tmp_path / "a.pth")
     state = load_state(tmp_path / "a.pth")

@@ -129,7 +129,7 @@ class NotebookFailed(RuntimeError):
     "A cell raised; `.notebook` is the executed copy that shows where."
     def __init__(self, message, notebook): super().__init__(message); self.notebook = notebook
 
-# %% ../nbs/99_cli.ipynb #2a14246c
+# %% ../nbs/99_cli.ipynb #7c490d37
 def run_notebook(
     name: str,                     # a notebook of the suite by name, or a path
     parameters: dict | None = None,   # values for its `parameters` cell; unknown names are refused
@@ -140,6 +140,7 @@ def run_notebook(
 ) -> Path:                         # the folder of the run
     "Execute a notebook by papermill and keep the executed copy, its HTML and its figures, also when it fails."
     import nbformat, papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
     path = find_notebook(name, nbs)
     stem = re.sub(r"^\d+_", "", path.stem)
     out = Path(out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}").resolve()
@@ -151,22 +152,23 @@ def run_notebook(
         try: papermill.execute_notebook(str(path), str(target), parameters=given, kernel_name="python3", cwd=str(path.parent),
                                         progress_bar=False, execution_timeout=timeout, autosave_cell_every=5,
                                         extra_arguments=["--log-level=40"])
-        except papermill.PapermillExecutionError as e: failed = e
+        except papermill.PapermillExecutionError as e: failed = f"cell {e.exec_count}: {e.ename}: {e.evalue}"
+        except (DeadKernelError, CellTimeoutError) as e: failed = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
     nb = nbformat.read(target, as_version=4)
     figures = _save_figures(nb, out / "figures")
     _save_html(nb, out / f"{path.stem}.html")
     write_summary(out, path, given, threads, figures, failed)
-    if failed: raise NotebookFailed(f"{path.name}, cell {failed.exec_count}: {failed.ename}: {failed.evalue}", target) from None
+    if failed: raise NotebookFailed(f"{path.name}, {failed}", target)
     return out
 
-# %% ../nbs/99_cli.ipynb #13a71fb3
+# %% ../nbs/99_cli.ipynb #d01b20f7
 def write_summary(out, path, given, threads, figures, failed):
     "Leave `run.json` in the folder of a run: what was run, with what, on what."
     from timet_nb.base.record import write_json
     from timet_nb.base.runtime import environment
     shown = {k: v for k, v in given.items() if k != "out"}
     write_json(out / "run.json", dict(notebook=path.name, parameters=shown, threads=threads, figures=figures,
-                                      failed=f"{failed.ename}: {failed.evalue}" if failed else None, environment=environment()))
+                                      failed=failed, environment=environment()))
 
 # %% ../nbs/99_cli.ipynb #ee482b84
 from contextlib import contextmanager
@@ -281,7 +283,7 @@ def with_settings(
             raise ConfigError(f"{type(config).__name__} has no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     return replace(config, **{k: _typed(k, v, known[k]) for k, v in pairs.items()}, **values)
 
-# %% ../nbs/99_cli.ipynb #75b8dc37
+# %% ../nbs/99_cli.ipynb #1ba370e3
 @command
 def propagate(
     source: str,                              # a clip: folder of frames, or a video file
@@ -303,7 +305,7 @@ def propagate(
     vit = create_backbone(backbone).to(pick_device(device))
     ids = read_mask(mask)
     masks = track(vit, layout[0], ids, size=size)
-    print(f"{write_tracks(out, masks)} masks written: {out}")
+    print(f"{write_tracks(masks, out)} masks written: {out}")
 
 # %% ../nbs/99_cli.ipynb #2c2fc24d
 PROTOCOLS = {"cluster": ("K2", "K2fg", "FG"), "overcluster": ("OC10", "OC10fg", "OCb"), "track": ("J",)}

@@ -46,15 +46,15 @@ def _soft(v, inner):
     inside = ((c == v[:-2, 1:-1]) & (c == v[2:, 1:-1]) & (c == v[1:-1, :-2]) & (c == v[1:-1, 2:]))
     return bool((inside & between).sum() < .1 * between.sum())
 
-# %% ../../nbs/1_data/11_decode_masks.ipynb #c969f739
+# %% ../../nbs/1_data/11_decode_masks.ipynb #bb6fbe0a
 def _between(count, inner, size):
     n = count[inner].sum()
     return f"{n} pixels ({n / size:.2%}) with {len(inner)} grey levels between 0 and 255"
 
 def _grey_ids(v, kind, path, notes, lossy=False):
     "Ids of a mask stored as grey levels (H, W) int64."
-    if v.max() == 65535 and np.isin(v, (0, 65535)).all(): v = np.where(v > 0, 255, 0)
     if kind == "ids": return v
+    if v.max() == 65535 and np.isin(v, (0, 65535)).all(): v = np.where(v > 0, 255, 0)
     count = np.bincount(v.ravel(), minlength=256)
     inner, deep = np.flatnonzero(count[1:255]) + 1, len(count) > 256
     if kind == "auto":

@@ -197,7 +197,7 @@ def _fill(kind, h, w):
     shade = np.linspace(above, below, h, dtype=np.float32)[:, None, None]
     return np.clip(tint(soften(_tile(texture, h, w), blur), dark, light) * shade, 0, 1)
 
-# %% ../../nbs/1_data/14_photos.ipynb #d57eff0f
+# %% ../../nbs/1_data/14_photos.ipynb #0423905e
 def cutout(
     name: str,             # key of CUTOUTS
     height: float,         # pixels on the screen, at a motion's scale of 1
@@ -207,25 +207,39 @@ def cutout(
 ) -> Sprite:               # anchored at its centre or foot, as CUTOUTS says
     "Cut an object out of a photo along its hand-given outline."
     if name not in CUTOUTS: raise _unknown("cutout", name, CUTOUTS)
+    if not height > 0: raise DataError(explain(f"cutout {name!r}", f"height {height}", "more than 0"))
     source, _, anchor = CUTOUTS[name]
-    outline = polygon(OUTLINES[name])
-    (x0, y0), (x1, y1) = np.floor(outline.min(0)), np.ceil(outline.max(0))
-    n = max(1, int((y1 - y0) // height))                          # photo pixels a sprite pixel
-    rim, rows, cols = 1 + 3 * soft, (y1 - y0) / n, (x1 - x0) / n  # rim: empty pixels all round
-    h, w = math.ceil(rows) + 2 * rim, math.ceil(cols) + 2 * rim
-    origin = (x0 - rim * n, y0 - rim * n)
-    alpha = soften(rasterize(outline, origin, (h, w), n), soft)
-    color = _colors(source, origin, h, w, n) * np.float32(gain) if photos else None
+    alpha, origin, n = _shape(name, height, soft)
+    if alpha.max() < .5:
+        raise DataError(explain(f"cutout {name!r}", f"{height:g} pixels high, blur {soft}",
+                                "a pixel that is half covered", "a larger height or less blur"))
+    color = _colors(source, origin, alpha.shape, n) * np.float32(gain) if photos else None
     if photos: color = np.clip(color, 0, 1) * alpha[..., None]
+    (x0, y0), (x1, y1) = _box(name)
+    rim, rows, cols = 1 + 3 * soft, (y1 - y0) / n, (x1 - x0) / n
     foot = (rows if anchor == "foot" else rows / 2) + rim - .5
     return Sprite(name, alpha, color, (cols / 2 + rim - .5, foot), height / rows)
 
-def _colors(source, origin, h, w, n):
+# %% ../../nbs/1_data/14_photos.ipynb #7caec52f
+def _box(name):
+    "Corners of the whole photo pixels around an outline."
+    outline = polygon(OUTLINES[name])
+    return np.floor(outline.min(0)).tolist(), np.ceil(outline.max(0)).tolist()
+
+def _shape(name, height, soft):
+    "alpha, the place of its top left corner on the photo, and photo pixels a sprite pixel."
+    (x0, y0), (x1, y1) = _box(name)
+    n, rim = max(1, int((y1 - y0) // height)), 1 + 3 * soft
+    size = tuple(math.ceil(side / n) + 2 * rim for side in (y1 - y0, x1 - x0))
+    origin = (x0 - rim * n, y0 - rim * n)
+    return soften(rasterize(polygon(OUTLINES[name]), origin, size, n), soft), origin, n
+
+def _colors(source, origin, size, n):
     "The part of a photo, or the fill, under the pixel grid of a cut-out."
-    if source not in PHOTOS: return _fill(source, h, w)
+    if source not in PHOTOS: return _fill(source, *size)
     p = photo(source)
-    rows = np.clip(np.arange(h * n) + int(origin[1]), 0, p.shape[0] - 1)
-    cols = np.clip(np.arange(w * n) + int(origin[0]), 0, p.shape[1] - 1)
+    rows = np.clip(np.arange(size[0] * n) + int(origin[1]), 0, p.shape[0] - 1)
+    cols = np.clip(np.arange(size[1] * n) + int(origin[0]), 0, p.shape[1] - 1)
     return shrink(p[np.ix_(rows, cols)], n)
 
 # %% ../../nbs/1_data/14_photos.ipynb #b21d8cb6

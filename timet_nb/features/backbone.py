@@ -204,14 +204,14 @@ def grid(
     _check_fit(height, width, self.multiple)
     return height // self.patch, width // self.patch
 
-# %% ../../nbs/2_features/21_backbone.ipynb #11bddf34
+# %% ../../nbs/2_features/21_backbone.ipynb #55960188
 @patch
 def prepare(
     self: Backbone,
     x: Tensor,        # (B, 3, H, W) float RGB in [0, 1]
 ) -> Tensor:          # (B, 3, H, W) normalised, in the weights' type
     "Check images, resize them if that was asked for, and normalise."
-    image = isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point()
+    image = isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point() and x.numel()
     if image and self.on_size == "resize" and (size := self.fit_size(*x.shape[2:])) != x.shape[2:]:
         x = F.interpolate(x, size, mode="bilinear", antialias=True)
     check_images(x, self.multiple)

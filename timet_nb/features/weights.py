@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ..base.runtime import (CheckpointError, ConfigError, atomic_write, cache_dir,
                                    explain, import_timm, need, quiet)
 
-# %% ../../nbs/2_features/20_weights.ipynb #0dc841fe
+# %% ../../nbs/2_features/20_weights.ipynb #74f99c98
 def file_sha256(
     path: str | Path,  # file to hash
 ) -> str:              # 64 hex digits
@@ -46,10 +46,10 @@ def file_kind(
     "Say what a file is from its first bytes; its name is not asked."
     with open(path, "rb") as f: head = f.read(512)
     if not head: return "empty"
-    if head[:2] == b"PK": return "zip"
-    if head[:1] == b"\x80": return "pickle"
     size = Path(path).stat().st_size
     if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < size: return "safetensors"
+    if head[:2] == b"PK": return "zip"
+    if head[:1] == b"\x80": return "pickle"
     return "html" if head.lstrip()[:1] == b"<" else "unknown"
 
 # %% ../../nbs/2_features/20_weights.ipynb #ffa7cf0a

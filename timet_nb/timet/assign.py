@@ -33,32 +33,33 @@ def sinkhorn(
     total = reduce if reduce and joint else lambda t: t
     return _scale(groups, epsilon, iterations, total).reshape(x.shape).to(x.dtype)
 
-# %% ../../nbs/4_timet/40_assign.ipynb #3cb0995d
+# %% ../../nbs/4_timet/40_assign.ipynb #0c3e313c
 def _scale(x, epsilon, iterations, total):
     "Sinkhorn by scaling vectors on (G, R, K): the matrix is made once, then only read."
-    (G, R, K), high = x.shape, x.amax(-1)                                 # (G, R): best of each row
+    (G, R, K), high = x.shape, x.amax(-1)                           # (G, R): best of each row
     dtype, rows, middle = _facts(x, high, epsilon, total)
     x, high, tiny = x.to(dtype), high.to(dtype), torch.finfo(dtype).tiny ** .75
-    M = (x - high[..., None]).mul_(1 / epsilon).exp_()                    # a row's largest entry is 1
+    M = (x - high[..., None]).mul_(1 / epsilon).exp_()              # a row's largest entry is 1
     v = ((high - middle) / epsilon).clamp(-LIMIT[dtype], LIMIT[dtype]).exp()  # the row's height
     u = x.new_ones(G, 1, K)
     for i in range(iterations):
-        if i: v = (torch.bmm(M, u.mT)[..., 0] * rows).reciprocal_()       # every row weighs 1/rows
-        share = total(torch.bmm(v[:, None], M))                           # (G, 1, K): each prototype
-        u = (share.clamp_min(tiny) * K).reciprocal_()                     # gets 1/K
+        if i: v = (torch.bmm(M, u.mT)[..., 0] * rows).reciprocal_()  # every row weighs 1/rows
+        share = total(torch.bmm(v[:, None], M))                     # (G, 1, K): each prototype
+        u = (share.clamp_min(tiny) * K).reciprocal_()               # gets 1/K
     M.mul_(u)
     return M.div_(M.sum(-1, keepdim=True))
 
 LIMIT = {torch.float32: 60., torch.float64: 600.}   # largest exponent that is safely exp-ed
 
-# %% ../../nbs/4_timet/40_assign.ipynb #7b884f77
+# %% ../../nbs/4_timet/40_assign.ipynb #929932d3
 def _facts(x, high, epsilon, total):
     "Agree over all processes on precision, number of rows and mean height; refuse NaN."
     ends = torch.stack([high.amax(), x.amin()]) if x.numel() else x.new_zeros(2)
     if not ends.isfinite().all():
         row = int((~x.isfinite()).any(-1).flatten().nonzero()[0])
+        todo = "look at the features: has the training diverged?"
         raise DataError(explain(f"scores of row {row} of {high.numel()}", "NaN or infinity",
-                                "finite scores", "look at the features: has the training diverged?"))
+                                "finite scores", todo))
     wide = ((ends[0] - ends[1]) / epsilon > 50).to(x.dtype)
     mine = torch.stack([x.new_tensor(float(x.shape[1])), high.sum() / max(len(x), 1), wide])
     n, height, wide = total(mine)

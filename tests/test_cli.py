@@ -1,0 +1,138 @@
+"The `timet` command as a user meets it: a process, its words, its exit code, what it leaves behind."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+TIMET = str(Path(sys.executable).parent / "timet")
+
+
+def timet(*argv, env=None, cwd=ROOT):
+    return subprocess.run([TIMET, *map(str, argv)], capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})}, timeout=300)
+
+
+@pytest.fixture
+def toy(tmp_path):
+    "A folder with a small parameterised notebook."
+    def make(*sources, tag=True):
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources])
+        if tag: nb.cells[0].metadata["tags"] = ["parameters"]
+        nb.metadata["kernelspec"] = dict(name="python3", display_name="python3", language="python")
+        nbformat.write(nb, tmp_path / "toy.ipynb")
+        return tmp_path / "toy.ipynb"
+    return make
+
+
+def test_help_lists_every_verb_with_a_sentence():
+    done = timet("--help")
+    assert done.returncode == 0
+    for verb in ("doctor", "frames", "tune", "eval", "propagate", "run", "clips", "visor", "look"):
+        assert f"\n  {verb} " in done.stdout, verb
+    assert "source" in timet("tune", "--help").stdout and "never changed" in timet("frames", "--help").stdout
+
+
+def test_slips_get_one_line_and_a_suggestion():
+    done = timet("propogate")
+    assert done.returncode == 1 and "did you mean propagate" in done.stderr and "Traceback" not in done.stderr
+    done = timet("look", "/nowhere/at/all")
+    assert done.returncode == 1 and "/nowhere/at/all" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_doctor_tells_what_is_there():
+    out = timet("doctor").stdout
+    for word in ("python", "torchvision", "GFLOP/s", "weights"): assert word in out
+
+
+def test_look_and_frames_leave_the_source_alone(tmp_path):
+    import cv2
+    import numpy as np
+    video = tmp_path / "src" / "ball.avi"; video.parent.mkdir()
+    sink = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
+    for t in range(7): sink.write(cv2.circle(np.full((48, 64, 3), 90, np.uint8), (8 + 6 * t, 24), 6, (20, 200, 240), -1))
+    sink.release()
+    before = video.read_bytes()
+    assert "1 clip" in timet("look", video.parent).stdout
+    done = timet("frames", video, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").rglob("*.jpg"))) == 7
+    assert video.read_bytes() == before and [p.name for p in video.parent.iterdir()] == ["ball.avi"]
+    inside = timet("frames", video.parent, video.parent / "frames")          # a folder is never written into
+    assert inside.returncode == 1 and [p.name for p in video.parent.iterdir()] == ["ball.avi"]
+
+
+def test_propagate_writes_one_mask_a_frame(tmp_path):
+    clips = ROOT / "data" / "clips"
+    masks = sorted((clips / "Annotations" / "480p" / "cat-wall").glob("*.png"))
+    done = timet("propagate", clips / "JPEGImages" / "480p" / "cat-wall", masks[0], tmp_path / "m", "--backbone", "test-vit", "--size", "96")
+    assert done.returncode == 0, done.stderr
+    written = sorted((tmp_path / "m").rglob("*.png"))
+    assert len(written) == len(masks)
+    from timet_nb.data.frames import read_mask
+    assert torch.equal(read_mask(written[0]) > 0, read_mask(masks[0]) > 0)
+    again = timet("propagate", clips / "JPEGImages" / "480p" / "cat-wall", masks[0], tmp_path / "m", "--backbone", "test-vit")
+    assert again.returncode == 1 and "not empty" in again.stderr
+
+
+def test_eval_prints_a_table_and_records_it(tmp_path):
+    done = timet("eval", "test-vit", ROOT / "data" / "clips", "--protocol", "track", "--frames", "3", "--size", "64", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| mean |" in done.stdout and "cat-wall" in done.stdout
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["name"] == "J" and 0 <= row["value"] <= 1 and row["clips"] == 12
+    wrong = timet("eval", "test-vit", ROOT / "data" / "clips", "--protocol", "clutser")
+    assert wrong.returncode == 1 and "clutser" in wrong.stderr
+
+
+def test_tune_leaves_a_vit_that_plain_timm_loads(tmp_path):
+    short = "views=1,max_frames=4,batch=2,prototypes=8,size=64,frames=2,depth=4"
+    done = timet("tune", ROOT / "data" / "clips", tmp_path / "t", "--backbone", "test-vit", "--steps", "2", "--set-", short)
+    assert done.returncode == 0, done.stderr
+    from timet_nb.features.backbone import create_backbone
+    assert create_backbone(tmp_path / "t" / "backbone.safetensors").depth == 4
+    wrong = timet("tune", ROOT / "data" / "clips", tmp_path / "u", "--set-", "protoypes=8")
+    assert wrong.returncode == 1 and "prototypes" in wrong.stderr
+
+
+def test_run_takes_parameters_and_leaves_everything(toy, tmp_path):
+    path = toy("n = 2\nname = ''\nout = ''", "print(n * 2, name)")
+    done = timet("run", path, "--n", "21", "-p", "name=x", "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert "42 x" in (tmp_path / "r" / "toy.ipynb").read_text() and (tmp_path / "r" / "toy.html").stat().st_size > 1000
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["failed"] is None
+
+
+def test_run_refuses_what_it_does_not_know(toy):
+    path = toy("n = 2")
+    done = timet("run", path, "--m", "1")
+    assert done.returncode == 1 and "no parameter 'm'" in done.stderr
+    assert "takes int" in timet("run", path, "--n", "many").stderr
+    assert "n            2" in timet("run", path, "--help").stderr
+
+
+def test_failed_run_keeps_the_executed_notebook(toy, tmp_path):
+    path = toy("n = 2", "print('reached')", "1 / 0", "print('never')")
+    done = timet("run", path, "--out", tmp_path / "r")
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "toy.ipynb" in done.stderr
+    text = (tmp_path / "r" / "toy.ipynb").read_text()
+    assert "reached" in text and json.loads((tmp_path / "r" / "run.json").read_text())["failed"].startswith("cell 3: ZeroDivisionError")
+
+
+def test_kernel_that_is_killed_leaves_the_partial_notebook(toy, tmp_path):
+    "What running out of memory looks like: the kernel dies at once."
+    path = toy("n = 2", "print('reached')", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    done = timet("run", path, "--out", tmp_path / "r")
+    assert done.returncode != 0
+    assert (tmp_path / "r" / "toy.ipynb").exists() and "DeadKernelError" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_cell_timeout_is_told(toy, tmp_path):
+    path = toy("n = 2", "import time; time.sleep(60)")
+    done = timet("run", path, "--timeout", "3", "--out", tmp_path / "r")
+    assert done.returncode == 1 and "CellTimeoutError" in done.stderr and (tmp_path / "r" / "toy.ipynb").exists()
