@@ -17,7 +17,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from timet_nb.base.runtime import ConfigError, DataError
-from timet_nb.data import layout as L
+from timet_nb.data import convert as V, layout as L
 from timet_nb.data.layout import (Clip, Found, Layout, convert_visor, find_layout, frame_numbers, list_folder,
                                   map_ids, natural_key)
 
@@ -223,7 +223,7 @@ def test_davis_2017(tmp_path):
     other = find_layout(root, labels="Annotations_unsupervised")
     assert "Annotations_unsupervised" in str(other["dog"].masks[0])
     assert find_layout(root, labels=False)["dog"].masks is None
-    with pytest.raises(DataError, match="2017/train.*|no split 'test'"): find_layout(root, split="test")
+    with pytest.raises(DataError, match="no split 'test'; there are: 2017/train"): find_layout(root, split="test")
     with pytest.raises(DataError, match="Full-Resolution"): find_layout(root, resolution="720p")
     with pytest.raises(DataError, match="Annotations_unsupervised"): find_layout(root, labels="Masks")
 
@@ -378,7 +378,7 @@ def test_videos_and_single_files(tmp_path):
     put(root, "still.jpg", "doc.txt", "x.zip")
     assert find_layout(root / "still.jpg").kind == "image"
     with pytest.raises(DataError, match="neither a video"): find_layout(root / "doc.txt")
-    with pytest.raises(DataError, match="unpack"): find_layout(root / "x.zip")
+    with pytest.raises(DataError, match="unpack it first"): find_layout(root / "x.zip")
     with pytest.raises(DataError, match="one file"): find_layout(root / "b.AVI", split="val")
 
 
@@ -609,13 +609,13 @@ def test_natural_order_is_total_and_stable(names, rng):
     names = list(set(names))
     first = sorted(names, key=natural_key)
     rng.shuffle(names)
-    assert sorted(names, key=natural_key) == first == L._natural(names)
+    assert sorted(names, key=natural_key) == first == L.natural(names)
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=30, unique=True))
 def test_natural_order_counts(numbers):
     names = [f"frame_{n}.jpg" for n in numbers]
-    assert L._natural(names) == [f"frame_{n}.jpg" for n in sorted(numbers)]
+    assert L.natural(names) == [f"frame_{n}.jpg" for n in sorted(numbers)]
 
 
 @given(st.integers(0, 50), st.integers(1, 7), st.integers(5, 30), st.data())
@@ -741,15 +741,15 @@ def test_convert_visor(tmp_path, zipped):
 def test_convert_visor_goes_on_after_a_stop(tmp_path, monkeypatch):
     src, out = tmp_path / "src", tmp_path / "out"
     make_visor(src)
-    real, calls = L._convert_frame, []
+    real, calls = V._convert_frame, []
 
     def stops(*args):
         calls.append(args)
         if len(calls) == 3: raise KeyboardInterrupt
         return real(*args)
-    monkeypatch.setattr(L, "_convert_frame", stops)
+    monkeypatch.setattr(V, "_convert_frame", stops)
     with pytest.raises(KeyboardInterrupt): convert_visor(src, out)
-    monkeypatch.setattr(L, "_convert_frame", real)
+    monkeypatch.setattr(V, "_convert_frame", real)
     whole = convert_visor(src, out)
     fresh = convert_visor(src, tmp_path / "fresh")
     a, b = ({p.relative_to(d).as_posix(): p.read_bytes() for p in Path(d).rglob("*") if p.is_file()} for d in (out, tmp_path / "fresh"))
@@ -768,7 +768,7 @@ def test_convert_visor_sizes(tmp_path):
 
 def test_polygon_in_a_polygon_is_a_hole_and_later_is_on_top():
     square = lambda a, b: [[a, a], [b, a], [b, b], [a, b]]
-    ids = L.draw_polygons([(1, [square(0, 19), square(5, 14)]), (2, [square(16, 19), []])], (20, 20))
+    ids = V.draw_polygons([(1, [square(0, 19), square(5, 14)]), (2, [square(16, 19), []])], (20, 20))
     assert ids[2, 2] == 1 and ids[9, 9] == 0 and ids[18, 18] == 2 and ids.dtype == torch.int64
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.train_toys import ended, forked, run, same
+from timet_nb.base import store as S
 from timet_nb.base import train as T
 from timet_nb.base.train import CheckpointStore, load_history
 
@@ -49,23 +50,23 @@ def die_at(owner, name, call, before):
 
 def half_write(call):
     "Make this process die in the middle of writing a file."
-    real, calls = T._write_bytes, [0]
+    real, calls = S._write_bytes, [0]
     def dying(path, data):
         calls[0] += 1
         if calls[0] == call:
             with open(path, "wb") as f: f.write(data[: len(data) // 2]); f.flush()
             os.kill(os.getpid(), signal.SIGKILL)
         real(path, data)
-    T._write_bytes = dying
+    S._write_bytes = dying
 
 
 SPOTS = [lambda n: half_write(n),                                  # a file of a checkpoint, half written
-         lambda n: die_at(T, "_sync_folder", n, True),             # all files there, not yet renamed
+         lambda n: die_at(S, "_sync_folder", n, True),             # all files there, not yet renamed
          lambda n: die_at(os, "rename", n, True), lambda n: die_at(os, "rename", n, False),
-         lambda n: die_at(T.shutil, "rmtree", n, True),            # the new one there, the old ones not yet removed
-         lambda n: die_at(T, "_write_log", 1, True),               # the log about to be written again
-         lambda n: die_at(T._Run, "one", 3 * n, False),            # between two steps
-         lambda n: die_at(T._Run, "gradients", 3 * n, False)]      # within one
+         lambda n: die_at(S.shutil, "rmtree", n, True),            # the new one there, the old ones not yet removed
+         lambda n: die_at(S, "_write_log", 1, True),               # the log about to be written again
+         lambda n: die_at(T._Run, "_one", 3 * n, False),            # between two steps
+         lambda n: die_at(T._Run, "_gradients", 3 * n, False)]      # within one
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.train_toys import Counter, Net, Noisy, ended, forked, loss_fn, plans, run, same
+from timet_nb.base import store as S
 from timet_nb.base import train as T
 from timet_nb.base.runtime import CheckpointError, ConfigError, DataError
 from timet_nb.base.train import (CheckpointStore, Item, ResumableSampler, Schedule, all_gather_rows, all_sum, constant,
@@ -149,6 +150,10 @@ def test_workers_do_not_matter_and_the_loop_keeps_its_own_randomness():
         torch.manual_seed(0)
         return list(feed(loader, 5, 9)), torch.rand(2)
     (a, ra), (b, rb) = three(0), three(2)
+    np.random.seed(0); pairs = [np.random.randn() for _ in range(3)]        # numpy keeps the second of a pair for later
+    np.random.seed(0); mixed = []
+    for _ in range(3): mixed.append(np.random.randn()); next(iter(feed(make_loader(Noisy(), 4), 0, 1)))
+    assert mixed == pairs
     assert same(a, b) and torch.equal(ra, rb)
     first, second = (next(iter(feed(make_loader(Noisy(), 24, seed=2), k, k + 1))) for k in (0, 1))
     assert not torch.equal(first["x"][first["index"].argsort()], second["x"][second["index"].argsort()])   # epochs differ
@@ -222,7 +227,7 @@ def test_log_is_cut_back_to_the_checkpoint(whole, tmp_path):
 
 @pytest.mark.parametrize("change, word", [
     (dict(accumulate=1), "accumulate: 2 then, 1 now"), (dict(clip=2.), "clip: 1.0 then, 2.0 now"), (dict(seed=6), "seed: 5 then, 6 now"),
-    (dict(groups=lambda n: plans(n, 30)), "group head.lr.*steps=20.* then.*steps=30"), (dict(state=[]), "states"),
+    (dict(groups=lambda n: plans(n, 30)), "group head.lr.*steps=20.* then.*steps=30"), (dict(state=[]), "state: "),
     (dict(loader=make_loader(Noisy(), 6, seed=9)), "loader.batch: 4 then, 6 now"), (dict(optimizer=torch.optim.SGD), "AdamW.*SGD"),
     (dict(config={"a": {"b": 2}}), "config.a.b: 1 then, 2 now")])
 def test_other_settings_are_refused_by_name(tmp_path, change, word):
@@ -319,10 +324,10 @@ def test_no_pickled_code_is_run(tmp_path):
     import io, zipfile
     buffer = io.BytesIO(); torch.save({"x": Evil()}, buffer)
     (store.path(1) / "state-0.pt").write_bytes(buffer.getvalue())
-    files = {p.name: T._sha256(p.read_bytes()) for p in store.path(1).iterdir() if p.name != "manifest.json"}
+    files = {p.name: S._sha256(p.read_bytes()) for p in store.path(1).iterdir() if p.name != "manifest.json"}
     import json
     body = json.dumps(dict(format=1, step=1, files=files, about={}))
-    (store.path(1) / "manifest.json").write_text(json.dumps(dict(sha256=T._sha256(body.encode()), body=body)))
+    (store.path(1) / "manifest.json").write_text(json.dumps(dict(sha256=S._sha256(body.encode()), body=body)))
     with pytest.raises(CheckpointError, match="state-0.pt|step-00000001"): store.load()
     assert not (tmp_path / "owned").exists()
 
@@ -487,7 +492,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
     with folder_lock(tmp_path):
         with pytest.raises(ConfigError, match="this very process"): run(tmp_path, 2)
         def other():
-            T._HELD.clear()
+            S._HELD.clear()
             with pytest.raises(ConfigError, match=f"process {os.getppid()}"): run(tmp_path, 2)
         assert ended(forked(other)) == 0
     assert run(tmp_path, 2)[2].notes == []

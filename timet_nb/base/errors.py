@@ -96,16 +96,17 @@ def _check_dtype(x, dtype, name):
     if wanted[0].startswith("int"): todo = "x.long(), when it holds ids"
     raise DataError(explain(name, f"dtype {have}", f"dtype {' or '.join(wanted)}", todo))
 
-# %% ../../nbs/0_base/01_errors.ipynb #80c942cb
+# %% ../../nbs/0_base/01_errors.ipynb #3e46d407
 def _first_bad(x):
     "Index of the first NaN or Inf, and its value."
-    x = x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
-    at = tuple((~torch.isfinite(x)).nonzero()[0].tolist())
+    bad = ~torch.isfinite(x).cpu().numpy() if isinstance(x, Tensor) else ~np.isfinite(x)
+    at = tuple(np.argwhere(bad)[0].tolist())
     return at, float(x[at])
 
 def _check_values(x, name, low, high, finite):
     "Refuse NaN, Inf, and values outside [low, high]."
     if 0 in x.shape or _kind(x) not in ("float", "int"): return
+    if isinstance(x, Tensor): x = x.detach()
     least, most = float(x.min()), float(x.max())
     if finite and not (np.isfinite(least) and np.isfinite(most)):
         at, value = _first_bad(x)

@@ -153,7 +153,7 @@ def load_state_dict(
         raise CheckpointError(explain("sampler state", state["settings"], self.settings()))
     self.seek(state["epoch"] * len(self) + state["position"])
 
-# %% ../../nbs/0_base/04_order.ipynb #db96baca
+# %% ../../nbs/0_base/04_order.ipynb #eeebadd0
 @contextlib.contextmanager
 def drawn_under(
     seed: int,          # in [0, 2**63)
@@ -163,7 +163,9 @@ def drawn_under(
     try:
         torch.default_generator.manual_seed(seed); np.random.seed(seed % 2**32); random.seed(seed)
         yield
-    finally: torch.set_rng_state(before[0]); np.random.set_state(before[1]); random.setstate(before[2])
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1]); random.setstate(before[2])
 
 # %% ../../nbs/0_base/04_order.ipynb #97bfc739
 class Seeded:

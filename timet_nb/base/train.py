@@ -121,7 +121,7 @@ def _check_covered(run):
         _refuse("groups", f"no group for {', '.join(lost[:4])} ({len(lost)} in all)",
                 "every trainable parameter in a group", "add a group, or requires_grad_(False)")
 
-# %% ../../nbs/0_base/04_train.ipynb #6af9891b
+# %% ../../nbs/0_base/04_train.ipynb #d864fb21
 class _Step(nn.Module):
     "Model and loss as one module, for accelerate to wrap."
     def __init__(self, model, loss_fn):
@@ -129,6 +129,7 @@ class _Step(nn.Module):
         self.model, self.loss_fn = model, loss_fn
 
     def forward(self, batch):
+        "What loss_fn returns, as a dict."
         values = self.loss_fn(self.model, batch)
         return values if isinstance(values, dict) else {"loss": values}
 
@@ -147,9 +148,9 @@ def _accelerator(device, precision):
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision,
                        kwargs_handlers=[own_buffers], step_scheduler_with_optimizer=False)
 
-# %% ../../nbs/0_base/04_train.ipynb #56eafe75
+# %% ../../nbs/0_base/04_train.ipynb #4b08802f
 @patch
-def prepare(self: _Run):
+def _prepare(self: _Run):
     "Put model and optimiser where they belong."
     self.accel = _accelerator(pick_device(self.device), self.precision)
     first = [dict(g, lr=g["lr"](0), weight_decay=g["weight_decay"](0)) for g in self.groups]
@@ -200,9 +201,9 @@ def _scalars(values, world):
     stacked = torch.stack([v.to(values["loss"].device) for v in kept.values()])
     return dict(zip(kept, (all_sum(stacked) / world).tolist()))
 
-# %% ../../nbs/0_base/04_train.ipynb #f8f03b10
+# %% ../../nbs/0_base/04_train.ipynb #e1ef78cf
 @patch
-def gradients(self: _Run, i, batches):
+def _gradients(self: _Run, i, batches):
     "Gradients of step `i` over `accumulate` batches, and the mean of what loss_fn returned."
     sums = {}
     for k in range(self.accumulate):
@@ -216,14 +217,14 @@ def gradients(self: _Run, i, batches):
             self.accel.backward(values["loss"] / self.accumulate)
     return sums
 
-# %% ../../nbs/0_base/04_train.ipynb #134da527
+# %% ../../nbs/0_base/04_train.ipynb #ed10d6a3
 @patch
-def one(self: _Run, i, batches):
+def _one(self: _Run, i, batches):
     "Step number `i` (from 0): rates, gradients, clipping, update, after_step, log."
     for group, plan in zip(self.opt.param_groups, self.groups):
         group["lr"], group["weight_decay"] = float(plan["lr"](i)), float(plan["weight_decay"](i))
     self.opt.zero_grad()
-    row = {"step": i + 1, **self.gradients(i, batches)}
+    row = {"step": i + 1, **self._gradients(i, batches)}
     if self.clip is not None:
         params = [p for g in self.groups for p in g["params"]]
         row["grad_norm"] = float(self.accel.clip_grad_norm_(params, self.clip))
@@ -231,10 +232,10 @@ def one(self: _Run, i, batches):
             _check_finite(row["grad_norm"], "gradient norm", i + 1, self.saved_at)
     self.opt.step()
     after = self.after_step(self.model, i) if self.after_step else None
-    if after or (i + 1) % self.log_every == 0: self.log({**row, **_numbers(after or {})})
+    if after or (i + 1) % self.log_every == 0: self._log({**row, **_numbers(after or {})})
     return row["loss"]
 
-# %% ../../nbs/0_base/04_train.ipynb #6ba468b8
+# %% ../../nbs/0_base/04_train.ipynb #3ce5ca62
 def _numbers(values):
     "Plain numbers from what after_step returned."
     out = {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}
@@ -244,7 +245,7 @@ def _numbers(values):
     return {k: int(v) if isinstance(v, bool) else v for k, v in out.items()}
 
 @patch
-def log(self: _Run, row):
+def _log(self: _Run, row):
     "Remember a row, with the rates that made it, and write it down."
     for plan, group in zip(self.groups, self.opt.param_groups):
         row[f"lr/{plan['name']}"], row[f"wd/{plan['name']}"] = group["lr"], group["weight_decay"]
@@ -253,9 +254,9 @@ def log(self: _Run, row):
     if self.board is not None:
         for k, v in row.items(): self.board.add_scalar(k, v, row["step"])
 
-# %% ../../nbs/0_base/04_train.ipynb #1d4f7d5b
+# %% ../../nbs/0_base/04_train.ipynb #83d44de2
 @patch
-def state_dict(self: _Run) -> tuple[dict, dict]:
+def _state_dict(self: _Run) -> tuple[dict, dict]:
     "The model's tensors, and everything else that the next step depends on."
     content = self.model.state_dict()
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
@@ -266,15 +267,15 @@ def state_dict(self: _Run) -> tuple[dict, dict]:
     return tensors, dict(model=own, optimizer=self.opt.state_dict(), scaler=scaler, states=things,
                          rng=get_rng_state(), history=self.history)
 
-# %% ../../nbs/0_base/04_train.ipynb #78a742c8
+# %% ../../nbs/0_base/04_train.ipynb #6a54d955
 @patch
-def save(self: _Run, done):
+def _save(self: _Run, done):
     "Write a checkpoint after `done` steps, unless the weights are broken."
     for g in self.groups:
         whole = 0. if all(bool(p.isfinite().all()) for p in g["params"]) else math.nan
         _check_finite(whole, f"a parameter of group {g['name']!r}", done, self.saved_at)
     about = dict(settings=self.settings, environment=self.environment)
-    self.store.save(done, *self.state_dict(), about, self.rank, self.accel.wait_for_everyone)
+    self.store.save(done, *self._state_dict(), about, self.rank, self.accel.wait_for_everyone)
     self.saved_at = done
 
 # %% ../../nbs/0_base/04_train.ipynb #e119079c
@@ -317,9 +318,9 @@ def _check_same(then, now, out):
     _refuse(f"resuming {out}", "; ".join(changed[:5]) + more, "the settings of that run",
             "restore them, choose another out=, or resume=False to start again")
 
-# %% ../../nbs/0_base/04_train.ipynb #3e073213
+# %% ../../nbs/0_base/04_train.ipynb #de978fcc
 @patch
-def restore(self: _Run):
+def _restore(self: _Run):
     "Go on from the newest whole checkpoint, if there is one and it is wanted."
     if self.out is None: return
     self.store = CheckpointStore(self.out / "checkpoints")
@@ -329,13 +330,13 @@ def restore(self: _Run):
     if saved is None and self.resume is True:
         raise CheckpointError(explain(f"checkpoints in {self.store.folder}", "none",
                                       "one to resume from", "resume='auto' starts afresh"))
-    if saved is not None: self.take_over(saved)
+    if saved is not None: self._take_over(saved)
     self.accel.wait_for_everyone()
     if saved is not None and saved.notes and self.rank == 0: self.store.set_aside(saved.step)
 
-# %% ../../nbs/0_base/04_train.ipynb #c6771d47
+# %% ../../nbs/0_base/04_train.ipynb #6d8e8adf
 @patch
-def take_over(self: _Run, saved):
+def _take_over(self: _Run, saved):
     "Put the content of a checkpoint everywhere it belongs."
     _check_same(saved.about["settings"], self.settings, self.out)
     if saved.step > self.steps:
@@ -357,19 +358,19 @@ def _other_versions(then, now):
     pairs += [(k, then[k], now[k]) for k in ("device_name", "threads")]
     return [f"{k} was {a} when saved, {b} now: not bit-identical" for k, a, b in pairs if a != b]
 
-# %% ../../nbs/0_base/04_train.ipynb #3b12d5c0
+# %% ../../nbs/0_base/04_train.ipynb #b75835f3
 @patch
-def loop(self: _Run):
+def _loop(self: _Run):
     "Take the steps that are left."
     batches = feed(self.loader, self.start * self.accumulate, self.steps * self.accumulate)
     if self.rng is not None: set_rng_state(self.rng)
     bar = progress(range(self.start, self.steps), desc=self.desc)
     try:
         for i in bar:
-            bar.set_postfix(loss=f"{self.one(i, batches):.4f}", refresh=False)
+            bar.set_postfix(loss=f"{self._one(i, batches):.4f}", refresh=False)
             done, asked = i + 1, bool(self.signal)
             due = done == self.steps or asked or (self.save_every and done % self.save_every == 0)
-            if due and self.out is not None: self.save(done)
+            if due and self.out is not None: self._save(done)
             if asked and done < self.steps: _stop(self, done)
     finally: getattr(batches, "_shutdown_workers", lambda: None)()
 
@@ -393,9 +394,9 @@ def _stop(run, done):
     if run.signal == signal.SIGTERM: raise SystemExit(128 + signal.SIGTERM)
     raise KeyboardInterrupt(message)
 
-# %% ../../nbs/0_base/04_train.ipynb #a77aa78a
+# %% ../../nbs/0_base/04_train.ipynb #2b557407
 @patch
-def open_logs(self: _Run, stack):
+def _open_logs(self: _Run, stack):
     "log.csv, cut back to the step from which we go on, and TensorBoard if asked for."
     self.csv = self.board = None
     if self.rank or self.out is None: return
@@ -406,7 +407,7 @@ def open_logs(self: _Run, stack):
     self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.start + 1)
     stack.callback(self.board.close)
 
-# %% ../../nbs/0_base/04_train.ipynb #51a0dabf
+# %% ../../nbs/0_base/04_train.ipynb #ef8487d6
 @patch
 def __call__(self: _Run):
     "Train, and clean up whatever happens."
@@ -415,9 +416,9 @@ def __call__(self: _Run):
         if self.out is not None and self.rank == 0:
             if note := stack.enter_context(folder_lock(self.out)): self.notes.append(note)
         stack.enter_context(run_context(self.seed + self.rank))
-        self.prepare(); self.restore(); self.open_logs(stack)
+        self._prepare(); self._restore(); self._open_logs(stack)
         stack.enter_context(_patience(self))
-        self.loop()
+        self._loop()
     self.model.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - begun
     return FitResult(self.history, self.steps, self.out, self.start, seconds, self.notes)

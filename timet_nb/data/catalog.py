@@ -257,13 +257,13 @@ def _mask_words(layout):
     first = all(c.masks[0] and c.n_masks() == 1 for c in layout if c.masks)
     return "first-frame masks only" if first else f"masks for {m:,} of {n:,} frames"
 
-# %% ../../nbs/1_data/10_catalog.ipynb #db5faf3e
+# %% ../../nbs/1_data/10_catalog.ipynb #0ad4c4c4
 @patch
 def rows(self: Layout) -> list[dict]:  # clip, frames, masks, class, split
     "Give one plain row a clip."
     length = lambda c: c.video.suffix[1:] if c.video else len(c)
-    return [{"clip": c.name, "frames": length(c), "masks": c.n_masks(), "class": ", ".join(c.kinds()),
-             "split": c.split or ""} for c in self]
+    return [{"clip": c.name, "frames": length(c), "masks": c.n_masks(),
+             "class": ", ".join(c.kinds()), "split": c.split or ""} for c in self]
 
 @patch
 def table(
@@ -309,7 +309,7 @@ def select(
     if not kept: raise DataError(f"no clip of {self.root.name} is chosen; it has {len(self)} clips")
     return replace(self, clips=tuple(kept))
 
-# %% ../../nbs/1_data/10_catalog.ipynb #8d28cd7b
+# %% ../../nbs/1_data/10_catalog.ipynb #994ce0f5
 @patch
 def split(
     self: Layout,
@@ -323,8 +323,8 @@ def split(
     groups = sorted(set(group.values()), key=rank)
     n = train if isinstance(train, int) else round(train * len(groups))
     if not 0 < n < len(groups):
-        raise ConfigError(f"train={train!r} leaves one side empty: {self.root.name} has {len(groups)} "
-                          "groups of clips; give a share in (0, 1), or a smaller number")
+        raise ConfigError(f"train={train!r} leaves one side empty: {self.root.name} has "
+                          f"{len(groups)} groups of clips; give a share in (0, 1), or fewer")
     first = set(groups[:n])
     return (self.select(lambda c: group[c.name] in first),
             self.select(lambda c: group[c.name] not in first))

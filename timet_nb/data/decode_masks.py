@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/1_data/decode_masks.html.md"""
 # %% auto #0
 __all__ = ['voc_palette', 'number_colours', 'clip_colours', 'read_mask', 'write_mask']
 
-# %% ../../nbs/1_data/11_decode_masks.ipynb #fb8b1756
+# %% ../../nbs/1_data/11_decode_masks.ipynb #ae170dec
 import os
 from collections.abc import Iterable
 from functools import lru_cache
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from ..base.runtime import DataError, explain
+from ..base.runtime import DataError
 from .decode import (
-    decode_picture, exif_orientation, file_bytes, open_picture, orient, resize_mask, save_picture)
+    decode_picture, exif_orientation, fault, file_bytes, open_picture, orient, resize_mask, save_picture)
 from .layout import Clip
 
 # %% ../../nbs/1_data/11_decode_masks.ipynb #4b598f58
@@ -46,7 +46,7 @@ def _soft(v, inner):
     inside = ((c == v[:-2, 1:-1]) & (c == v[2:, 1:-1]) & (c == v[1:-1, :-2]) & (c == v[1:-1, 2:]))
     return bool((inside & between).sum() < .1 * between.sum())
 
-# %% ../../nbs/1_data/11_decode_masks.ipynb #bb6fbe0a
+# %% ../../nbs/1_data/11_decode_masks.ipynb #c8556402
 def _between(count, inner, size):
     n = count[inner].sum()
     return f"{n} pixels ({n / size:.2%}) with {len(inner)} grey levels between 0 and 255"
@@ -60,15 +60,16 @@ def _grey_ids(v, kind, path, notes, lossy=False):
     if kind == "auto":
         if not deep and count[255] and not len(inner): return v == 255
         if lossy and len(inner) or not deep and count[0] and count[255] and _soft(v, inner):
-            raise DataError(explain(str(path), _between(count, inner, v.size),
-                                    "ids, or only 0 and 255: this mask was resized or saved as JPEG",
-                                    "kind='binary' cuts it at 128, kind='ids' takes the levels as ids"))
+            raise fault(path, _between(count, inner, v.size),
+                        "ids, or only 0 and 255: this mask was resized or saved as JPEG",
+                        "kind='binary' cuts it at 128, kind='ids' takes the levels as ids")
         return v
     if deep or not count[255]: return v > 0
-    if len(inner) and notes is not None: notes.append(f"{path}: {_between(count, inner, v.size)}, cut at 128")
+    if len(inner) and notes is not None:
+        notes.append(f"{path}: {_between(count, inner, v.size)}, cut at 128")
     return v >= 128
 
-# %% ../../nbs/1_data/11_decode_masks.ipynb #57faa51a
+# %% ../../nbs/1_data/11_decode_masks.ipynb #5de23165
 def number_colours(
     values: Iterable,  # packed colours, R + 256 G + 65536 B
 ) -> dict[int, int]:   # colour -> id; black is 0, and 255 is left free
@@ -80,14 +81,14 @@ def _colour_ids(a, path, colours, notes):
     "Ids of a mask stored as colours (H, W, 3)."
     values, place = np.unique(_packed(a), return_inverse=True)
     if len(values) > 1024:
-        raise DataError(explain(str(path), f"{len(values)} colours", "a mask: one colour an object, at most 1024",
-                                "is it a photograph, or a mask that was resized or saved as JPEG?"))
+        raise fault(path, f"{len(values)} colours", "a mask: one colour an object, at most 1024",
+                    "is it a photograph, or a mask that was resized or saved as JPEG?")
     known = _voc_ids() if colours is None else colours
     if colours is None and not known.keys() >= set(values.tolist()):
         known = number_colours(values)
-        if notes is not None: notes.append(f"{path}: {len(values)} colours outside the VOC palette, numbered")
+        if notes is not None: notes.append(f"{path}: {len(values)} colours, not of VOC's palette, numbered")
     lost = [c for c in values.tolist() if c not in known]
-    if lost: raise DataError(explain(str(path), f"colour {lost[0]} (R + 256 G + 65536 B)", f"one of {len(known)}"))
+    if lost: raise fault(path, f"colour {lost[0]} (R + 256 G + 65536 B)", f"one of {len(known)}")
     return np.array([known[c] for c in values.tolist()])[place.reshape(a.shape[:2])]
 
 # %% ../../nbs/1_data/11_decode_masks.ipynb #8e85ecc1
@@ -112,7 +113,7 @@ def clip_colours(
     times = tuple(os.stat(p).st_mtime_ns if os.path.exists(p) else 0 for p in paths)
     return _colours_of(paths, times) if paths else None
 
-# %% ../../nbs/1_data/11_decode_masks.ipynb #665742c8
+# %% ../../nbs/1_data/11_decode_masks.ipynb #4cc83ff5
 def _turn_of_frame(frame, shape):
     "The frame's orientation, unless the shape of the mask says that it is upright already."
     data = file_bytes(frame)
@@ -123,18 +124,18 @@ def _turn_of_frame(frame, shape):
 def _mask_array(im, kind, path, colours, notes):
     "(H, W) ids of a decoded Pillow image."
     if im.mode in ("CMYK", "YCbCr", "LAB", "HSV", "F"):
-        raise DataError(explain(str(path), f"a picture of mode {im.mode}", "a mask: palette, grey or colours"))
+        raise fault(path, f"a picture of mode {im.mode}", "a mask: palette, grey or colours")
     if im.mode in ("LA", "La", "PA"): im = im.getchannel(0)
     elif im.mode in ("RGBA", "RGBX", "RGBa"): im = im.convert("RGB")
     a = np.asarray(im)
-    if a.ndim == 3 and kind != "rgb" and (a == a[..., :1]).all(): a = a[..., 0]      # grey, three times
+    if a.ndim == 3 and kind != "rgb" and (a == a[..., :1]).all(): a = a[..., 0]   # grey, thrice
     elif a.ndim == 3 or im.mode == "P":
         y = a.astype(np.int64) if im.mode == "P" else _colour_ids(a, path, colours, notes)
         return np.where(y == 255, 255, y > 0) if kind == "binary" else y
-    if a.min() < 0 or a.max() > 65535: raise DataError(explain(str(path), f"ids {a.min()} to {a.max()}", "0 to 65535"))
+    if a.min() < 0 or a.max() > 65535: raise fault(path, f"ids {a.min()} to {a.max()}", "0 to 65535")
     return _grey_ids(a.astype(np.int64), kind, path, notes, im.format in ("JPEG", "MPO"))
 
-# %% ../../nbs/1_data/11_decode_masks.ipynb #84a8b7a7
+# %% ../../nbs/1_data/11_decode_masks.ipynb #542d740c
 def read_mask(
     path: str | Path,                        # a mask file
     size: int | tuple | None = None,         # short side, (H, W), or None to keep
@@ -145,7 +146,7 @@ def read_mask(
 ) -> Tensor:                                 # (H, W) int64 ids; 0 is background, 255 is ignore
     "Read one mask as ids, however it was stored."
     if kind not in ("auto", "binary", "ids", "rgb"):
-        raise DataError(explain("read_mask", f"kind={kind!r}", "'auto', 'binary', 'ids' or 'rgb'"))
+        raise fault("read_mask", f"kind={kind!r}", "'auto', 'binary', 'ids' or 'rgb'")
     data = file_bytes(path, "a mask")
     a = _mask_array(decode_picture(data, path, "a mask"), kind, path, colours, notes)
     ids = torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64))
@@ -153,17 +154,17 @@ def read_mask(
     if turn == 1 and exif_from is not None: turn = _turn_of_frame(exif_from, tuple(ids.shape))
     return resize_mask(orient(ids, turn), size).contiguous()
 
-# %% ../../nbs/1_data/11_decode_masks.ipynb #868a11d7
+# %% ../../nbs/1_data/11_decode_masks.ipynb #709acac8
 def write_mask(
     path: str | Path,  # a .png file; its folder is made
-    ids: Tensor,       # (H, W) whole or bool ids; 0 to 255: a palette PNG, up to 65535: a 16-bit grey one
+    ids: Tensor,       # (H, W) whole or bool ids; above 255 (and up to 65535) in 16-bit grey
 ) -> Path:             # the file
     "Write ids as DAVIS does."
     a = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)
     whole = a.ndim == 2 and a.size and np.isfinite(a).all() and (a == a.astype(np.int64)).all()
     if not whole or a.min() < 0 or a.max() > 65535:
         about = f" from {a.min()} to {a.max()}" if a.size else ""
-        raise DataError(explain(f"write_mask({path})", f"{a.dtype} {a.shape}{about}", "(H, W) whole ids, 0 to 65535"))
+        raise fault(f"write_mask({path})", f"{a.dtype} {a.shape}{about}", "(H, W) whole ids, 0 to 65535")
     im = Image.fromarray(a.astype(np.uint16 if a.max() > 255 else np.uint8))
     if a.max() <= 255: im.putpalette(voc_palette().tobytes())
     return save_picture(path, im, "PNG")

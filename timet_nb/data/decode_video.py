@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/1_data/decode_video.html.md"""
 # %% auto #0
 __all__ = ['COUNTED', 'FORGIVEN', 'write_video', 'VideoReader', 'count_frames']
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #76f2872e
+# %% ../../nbs/1_data/11_decode_video.ipynb #7f957680
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from ..base.runtime import DataError, explain, need
-from .decode import COPY, as_dtype, check_pixels, picture_bytes, resize
+from ..base.runtime import DataError, need
+from .decode import COPY, as_dtype, check_pixels, fault, picture_bytes, resize
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #4c80b79b
+# %% ../../nbs/1_data/11_decode_video.ipynb #8f1ff96d
 def _cv2():
     "OpenCV with its decoders told to be silent: what is wrong is said by our own errors."
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -29,61 +29,63 @@ def _writer(path, codec, fps, shape, who):
     cv2 = _cv2()
     out = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), float(fps), shape[1::-1])
     if not out.isOpened():
-        raise DataError(explain(who, f"frames of {shape[0]} x {shape[1]} at {fps} frames a second",
-                                "a size that the codec takes, and fps > 0", "try even sizes"))
+        raise fault(who, f"frames of {shape[0]} x {shape[1]} at {fps} frames a second",
+                    "a size that the codec takes, and fps > 0", "try even sizes")
     return out
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #65ffe05c
+# %% ../../nbs/1_data/11_decode_video.ipynb #babf4e29
 def write_video(
     path: str | Path,         # .mp4 or .mov (MPEG-4), or .avi (motion JPEG)
-    frames: Iterable,         # pictures (3, H, W), float in [0, 1] or uint8; a (T, 3, H, W) tensor will do
+    frames: Iterable,         # of (3, H, W) pictures, float in [0, 1] or uint8; a tensor will do
     fps: float = 25,          # frames a second
 ) -> Path:                    # the file
     "Write a video, whole or not at all."
     path, out, shape, who = Path(path), None, None, f"write_video({path})"
     codec = {".mp4": "mp4v", ".mov": "mp4v", ".avi": "MJPG"}.get(path.suffix.lower())
-    if codec is None: raise DataError(explain(who, path.suffix, "a name that ends in .mp4, .mov or .avi"))
+    if codec is None: raise fault(who, path.suffix, "a name that ends in .mp4, .mov or .avi")
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         for x in frames:
             a = picture_bytes(x, who)
             if out is None: out, shape = _writer(temp, codec, fps, a.shape, who), a.shape
-            if a.shape != shape: raise DataError(explain(who, f"a frame of {a.shape}", f"{shape}, as the first"))
+            if a.shape != shape: raise fault(who, f"a frame {a.shape}", f"{shape}, as the first")
             out.write(np.ascontiguousarray(a[..., ::-1]))
-        if out is None: raise DataError(explain(who, "no frames", "at least one"))
+        if out is None: raise fault(who, "no frames", "at least one")
         out.release(); os.replace(temp, path)
     finally:
         if out is not None: out.release()
         temp.unlink(missing_ok=True)
     return path
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #18d4cf58
+# %% ../../nbs/1_data/11_decode_video.ipynb #4d54c8a1
 def _why_not(path):
     "A guess from the first bytes of a video that does not open."
     with open(path, "rb") as f: head = f.read(12)
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free") or head[:4] in (b"RIFF", b"\x1aE\xdf\xa3"):
-        return f"{path.stat().st_size} bytes, cut before the index (an mp4 keeps it at its end) or without pictures"
+    mp4, other = head[4:8] in (b"ftyp", b"moov", b"mdat", b"free"), head[:4] in (b"RIFF", b"\x1aE\xdf\xa3")
+    if mp4 or other:
+        why = "cut before the index (an mp4 keeps it at its end) or without pictures"
+        return f"{path.stat().st_size} bytes, {why}"
     return f"{path.stat().st_size} bytes that begin with {head!r}"
 
 def _capture(path):
     "An open OpenCV video; frames come out upright."
     cv2, path = _cv2(), Path(path)
-    if not path.is_file(): raise DataError(explain(str(path), "no such file", "a video file"))
-    if not path.stat().st_size: raise DataError(explain(str(path), "0 bytes", "a video", COPY))
+    if not path.is_file(): raise fault(path, "no such file", "a video file")
+    if not path.stat().st_size: raise fault(path, "0 bytes", "a video", COPY)
     log = cv2.utils.logging; level = log.setLogLevel(log.LOG_LEVEL_SILENT)
     try: cap = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     finally: log.setLogLevel(level)
-    if not cap.isOpened(): raise DataError(explain(str(path), _why_not(path), "a video that can be opened", COPY))
+    if not cap.isOpened(): raise fault(path, _why_not(path), "a video that can be opened", COPY)
     cap.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
     return cap
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #50798a78
+# %% ../../nbs/1_data/11_decode_video.ipynb #4f507601
 COUNTED = (".mp4", ".mov", ".m4v", ".avi")   # files that store how many frames they have
-FORGIVEN = 2                                 # frames that may be missing at the end of such a file, with a note
+FORGIVEN = 2                                 # frames that they may lack at the end, with a note
 
 class VideoReader:
-    "The frames of a video file, one at a time; iterate as often as you like, then look at `.notes`."
+    "The frames of a video file, one at a time; afterwards `.notes` tells what was odd."
     def __init__(
         self,
         path: str | Path,                    # mp4, mov, avi, webm, mkv, ...
@@ -92,16 +94,17 @@ class VideoReader:
         stop: int | None = None,             # one past the last frame wanted; None: to the end
         step: int = 1,                       # every `step`-th frame
         dtype: torch.dtype = torch.float32,  # float32: [0, 1]; uint8: 0 to 255
-        on_count: str = "raise",             # frames missing at the end: "raise", or "note" it in `.notes`
+        on_count: str = "raise",             # frames missing at the end: "raise", or "note" it
     ):
-        if step < 1 or start < 0 or (stop is not None and stop <= start) or on_count not in ("raise", "note"):
-            got = f"start={start}, stop={stop}, step={step}, on_count={on_count!r}"
-            raise DataError(explain(f"VideoReader({path})", got, "0 <= start < stop, step >= 1, 'raise' or 'note'"))
+        span = start >= 0 and step >= 1 and (stop is None or stop > start)
+        if not span or on_count not in ("raise", "note"):
+            raise fault(f"VideoReader({path})", f"start={start}, stop={stop}, step={step}, on_count={on_count!r}",
+                        "0 <= start < stop, step >= 1, 'raise' or 'note'")
         self.path, self.size, self.start, self.stop, self.step = Path(path), size, start, stop, step
         self.dtype, self.on_count, self.notes, self.decoded = dtype, on_count, [], 0
         self._look()
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #157a835a
+# %% ../../nbs/1_data/11_decode_video.ipynb #a9469991
 @patch
 def _look(self: VideoReader):
     "Read the header."
@@ -114,7 +117,8 @@ def _look(self: VideoReader):
     self.rotation = int(get("ORIENTATION_META"))
     cap.release()
     check_pixels(self.height, self.width, self.path)
-    if not 0 < self.fps <= 1000: self.fps = 0.; self._note("the file gives no usable frame rate; fps is 0")
+    if not 0 < self.fps <= 1000:
+        self.fps = 0.; self._note("the file gives no usable frame rate; fps is 0")
 
 @patch
 def _note(self: VideoReader, text):
@@ -127,7 +131,7 @@ def _end(self: VideoReader):
 @patch
 def __len__(self: VideoReader): return max(0, -(-(self._end() - self.start) // self.step))
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #2143de57
+# %% ../../nbs/1_data/11_decode_video.ipynb #82ddc033
 @patch
 def __iter__(self: VideoReader) -> Iterator[Tensor]:
     cap, n, shape = _capture(self.path), 0, None
@@ -137,7 +141,7 @@ def __iter__(self: VideoReader) -> Iterator[Tensor]:
             if n <= self.start or (n - 1 - self.start) % self.step: continue
             frame = self._frame(cap, n - 1)
             if shape not in (None, frame.shape):
-                raise DataError(explain(f"{self.path}, frame {n - 1}", tuple(frame.shape), f"{tuple(shape)} as before"))
+                raise fault(f"{self.path}, frame {n - 1}", tuple(frame.shape), tuple(shape))
             shape = frame.shape
             yield frame
     finally: cap.release()
@@ -148,24 +152,24 @@ def __iter__(self: VideoReader) -> Iterator[Tensor]:
 def _frame(self: VideoReader, cap, i):
     "The frame just grabbed, RGB, to size."
     ok, a = cap.retrieve()
-    if not ok or a is None: raise DataError(explain(f"{self.path}, frame {i}", "no picture", "a frame", COPY))
+    if not ok or a is None: raise fault(f"{self.path}, frame {i}", "no picture", "a frame", COPY)
     a = a[..., 2::-1] if a.ndim == 3 else a[..., None].repeat(3, 2)
     x = torch.from_numpy(np.ascontiguousarray(a)).permute(2, 0, 1)
     return as_dtype(resize(x, self.size), self.dtype)
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #ec47efee
+# %% ../../nbs/1_data/11_decode_video.ipynb #6096b5c4
 @patch
 def _check(self: VideoReader):
     "Compare the frames that came out with the frames announced."
     n, end = self.decoded, self._end()
     if n <= self.start:
-        raise DataError(explain(str(self.path), f"{n} frames ({self.announced} announced)", f"more than {self.start}", COPY))
-    if not self.announced: return self._note(f"the file does not say how many frames it has; {n} came out")
+        raise fault(self.path, f"{n} frames, {self.announced} announced", f"more than {self.start}", COPY)
+    if not self.announced: return self._note(f"{n} frames came out, the file announces no number")
     if n == end: return
     counted = self.path.suffix.lower() in COUNTED
     if counted and n < end - FORGIVEN and self.on_count == "raise":
-        raise DataError(explain(str(self.path), f"{n} frames", f"{end}, as the file announces",
-                                f"it was cut or is damaged: {COPY}, or take what is there with on_count='note'"))
+        raise fault(self.path, f"{n} frames", f"{end}, as the file announces",
+                    f"it was cut or damaged: {COPY}, or take what is there with on_count='note'")
     self._note(f"{n} frames came out, {end} announced")
 
 # %% ../../nbs/1_data/11_decode_video.ipynb #a651168a

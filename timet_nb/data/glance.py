@@ -8,14 +8,15 @@ Docs: https://timet-nb.github.io/timet_nb/1_data/glance.html.md"""
 __all__ = ['LEFT', 'LAYOUTS', 'Tree', 'note_lines', 'stem_of', 'bare_stem', 'pair_masks', 'make_clip', 'masks_beside', 'Ask',
            'Found', 'layout']
 
-# %% ../../nbs/1_data/10_glance.ipynb #9699a068
+# %% ../../nbs/1_data/10_glance.ipynb #b41ce738
 import json, os, unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
 from ..base.runtime import ConfigError, DataError
-from .catalog import IMAGES, Clip, Folder, frame_numbers, list_folder, natural, near, some
+from .catalog import (IMAGES, Clip, Folder, frame_numbers, list_folder, natural,
+                                   near, some)
 
 # %% ../../nbs/1_data/10_glance.ipynb #081f34e4
 class Tree:
@@ -83,7 +84,7 @@ def read_json(
     if not isinstance(found, dict): raise DataError(f"{self.path(*parts)} holds no JSON object")
     return found
 
-# %% ../../nbs/1_data/10_glance.ipynb #ae14db55
+# %% ../../nbs/1_data/10_glance.ipynb #2a8aff39
 LEFT = {"hidden": "hidden or system files, ignored",
         "loops": "links to a folder above, not followed",
         "broken": "links that lead nowhere",
@@ -94,11 +95,12 @@ def notes(self: Tree) -> dict[str, tuple[str, ...]]:  # note -> every name
     "Gather what was said, and what was not used in the folders that were visited."
     said = {what: tuple(names) for what, names in self.details.items()}
     boxes = {v: self.listed[self.path(v)] for v in sorted(self.visited)}
+    shut = {v: b.problem for v, b in boxes.items() if b.problem not in ("", "missing")}
     for kind, what in LEFT.items():
         names = {os.path.join(v, n) for v, box in boxes.items() for n in getattr(box, kind)}
         if names - self.used: said[what] = tuple(natural(names - self.used))
-    shut = {v: b.problem for v, b in boxes.items() if b.problem not in ("", "missing")}
-    if shut: said["folders that cannot be read"] = tuple(f"{v or '.'}: {p}" for v, p in shut.items())
+    if shut: said["folders that cannot be read"] = tuple(
+        f"{v or '.'}: {problem}" for v, problem in shut.items())
     seen = {v.split(os.sep)[0] for v in self.visited}
     rest = [d for d in self.folder().dirs if d not in seen]
     return {**said, "folders not used": tuple(rest)} if rest else said
@@ -166,7 +168,7 @@ def make_clip(
     found = masks and pair_masks(tree, name, frames, own or tree.folder(*masks).images, masks)
     return Clip(name, tuple(Path(tree.path(*where, f)) for f in frames), found, **extra)
 
-# %% ../../nbs/1_data/10_glance.ipynb #98808474
+# %% ../../nbs/1_data/10_glance.ipynb #352da123
 def masks_beside(
     images: list[str],  # names of the images in one folder
 ) -> tuple[list[str], list[str]]:  # frames, masks
@@ -181,8 +183,8 @@ def _only(tree, clip, frames, stems):
     "Keep the frames that a list names; a listed frame that is not there is an error."
     lost = natural(stems - {stem_of(f) for f in frames})
     if lost:
-        raise DataError(f"{tree.root}: clip {clip!r} lacks {len(lost)} of the {len(stems)} frames that "
-                        f"its list names: {some(lost)}. Unpack the data again, or take another split")
+        raise DataError(f"{tree.root}: clip {clip!r} lacks {len(lost)} of the {len(stems)} frames "
+                        f"that its list names: {some(lost)}. Unpack again, or take another split")
     left = sum(stem_of(f) not in stems for f in frames)
     if left: tree.note("clips with frames that the list does not name, left out", f"{clip}: {left}")
     return [f for f in frames if stem_of(f) in stems]

@@ -31,7 +31,7 @@ def cluster_precision(
     hit = torch.bincount(cell[attention.flatten()], minlength=B * k).reshape(B, k)
     return (hit.double() / size.clamp(min=1)).sum(0) / (size > 0).sum(0)
 
-# %% ../../nbs/3_evaluate/34_foreground.ipynb #6f693a9b
+# %% ../../nbs/3_evaluate/34_foreground.ipynb #01b47f83
 def union_of(
     clusters,     # (B, H, W) integer cluster ids
     chosen,       # (k,) bool: which clusters
@@ -39,7 +39,7 @@ def union_of(
     "Pixels of the chosen clusters."
     return torch.as_tensor(chosen)[as_ids(clusters, "clusters")]
 
-
+# %% ../../nbs/3_evaluate/34_foreground.ipynb #dd0638db
 def image_iou(
     gt,                    # (B, H, W) integer ids; 0 = background
     foreground,            # (B, H, W) bool
@@ -51,7 +51,7 @@ def image_iou(
     inter, union = (true & fg).sum((1, 2)), (true | fg).sum((1, 2))
     return float(torch.where(union > 0, inter / union.clamp(min=1).double(), 1.).mean())
 
-# %% ../../nbs/3_evaluate/34_foreground.ipynb #1f8b08d4
+# %% ../../nbs/3_evaluate/34_foreground.ipynb #625858d9
 def choose_threshold(
     clusters,              # (B, H, W) integer cluster ids
     gt,                    # (B, H, W) integer ids: labels of the tuning split
@@ -73,7 +73,7 @@ def choose_threshold(
     grid = np.arange(0, 1, step)
     return float(grid[np.abs(grid - rows[-1][0]).argmin()]), torch.tensor(rows, dtype=torch.float64)
 
-
+# %% ../../nbs/3_evaluate/34_foreground.ipynb #29325fb2
 def foreground(
     clusters,            # (B, H, W) integer cluster ids
     precision: Tensor,   # (k,) float64 of `cluster_precision`
