@@ -48,7 +48,7 @@ def _unit(x, name):
         raise DataError(f"{error}\n  {hint}") from None
     return x.astype(np.float32).clip(0, 1)
 
-# %% ../../nbs/0_base/03_show.ipynb #f4557a78
+# %% ../../nbs/0_base/03_show.ipynb #8033caa7
 def as_image(
     image: Tensor | np.ndarray,   # (3, H, W), (H, W, 3), (1, H, W) or (H, W); [0, 1] or uint8
     name: str = "image",          # how an error calls it
@@ -56,7 +56,8 @@ def as_image(
     "Bring an image to the one form that the drawing helpers use."
     x = _array(image, name); shape = tuple(x.shape)
     if x.ndim == 2: x = x[None]
-    if x.ndim == 3 and x.shape[0] in (1, 3): x = x.transpose(1, 2, 0)
+    first = x.ndim == 3 and (x.shape[0] == 3 or x.shape[0] == 1 and x.shape[-1] != 3)
+    if first: x = x.transpose(1, 2, 0)
     if x.ndim != 3 or x.shape[-1] not in (1, 3) or 0 in x.shape:
         raise DataError(explain(name, f"shape {shape}", "(3, H, W), (H, W, 3) or (H, W)",
                                 "give one image at a time, without alpha"))

@@ -96,7 +96,7 @@ class CheckpointStore:
         found = [re.fullmatch(r"step-(\d{8,})", p.name) for p in self.folder.glob("step-*")]
         return sorted(int(m[1]) for m in found if m)
 
-# %% ../../nbs/0_base/04_store.ipynb #8f973f72
+# %% ../../nbs/0_base/04_store.ipynb #9ef81468
 @contextlib.contextmanager
 def naming(
     path: str | Path,    # the folder or file that is being written
@@ -106,7 +106,8 @@ def naming(
     except OSError as error:
         raise CheckpointError(explain(
             f"cannot write to {path}", error.strerror or str(error),
-            "a writable folder with space left", "free space or choose another out=; checkpoints written before are whole")) from error
+            "a writable folder with space left",
+            "free space or choose another out=; checkpoints written before are whole")) from error
 
 # %% ../../nbs/0_base/04_store.ipynb #0c5fdcaf
 @patch

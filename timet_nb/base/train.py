@@ -121,14 +121,14 @@ def _check_covered(run):
         _refuse("groups", f"no group for {', '.join(lost[:4])} ({len(lost)} in all)",
                 "every trainable parameter in a group", "add a group, or requires_grad_(False)")
 
-# %% ../../nbs/0_base/04_train.ipynb #d864fb21
+# %% ../../nbs/0_base/04_train.ipynb #bbb28d84
 class _Step(nn.Module):
     "Model and loss as one module, for accelerate to wrap."
     def __init__(self, model, loss_fn):
         super().__init__()
         self.model, self.loss_fn = model, loss_fn
 
-    def forward(self, batch):
+    def forward(self, batch):    # whatever the loader gives
         "What loss_fn returns, as a dict."
         values = self.loss_fn(self.model, batch)
         return values if isinstance(values, dict) else {"loss": values}
@@ -374,18 +374,18 @@ def _loop(self: _Run):
             if asked and done < self.steps: _stop(self, done)
     finally: getattr(batches, "_shutdown_workers", lambda: None)()
 
-# %% ../../nbs/0_base/04_train.ipynb #cde8c512
+# %% ../../nbs/0_base/04_train.ipynb #1d77365f
 @contextlib.contextmanager
 def _patience(run):
     "Turn the first Ctrl-C (or a cluster's SIGTERM) into a wish to save and stop after this step."
     if run.out is None or threading.current_thread() is not threading.main_thread(): yield; return
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    def restore():
+    def _back():
         for s, handler in before.items(): signal.signal(s, handler)
-    def wish(number, frame): run.signal = number; restore()        # a second one acts at once
-    for s in before: signal.signal(s, wish)
+    def _wish(number, frame): run.signal = number; _back()        # a second one acts at once
+    for s in before: signal.signal(s, _wish)
     try: yield
-    finally: restore()
+    finally: _back()
 
 def _stop(run, done):
     "End a run that was asked to stop."

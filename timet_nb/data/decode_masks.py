@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/1_data/decode_masks.html.md"""
 # %% auto #0
 __all__ = ['voc_palette', 'number_colours', 'clip_colours', 'read_mask', 'write_mask']
 
-# %% ../../nbs/1_data/11_decode_masks.ipynb #ae170dec
+# %% ../../nbs/1_data/11_decode_masks.ipynb #7b1b68e2
 import os
 from collections.abc import Iterable
 from functools import lru_cache
@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from ..base.runtime import DataError
-from .decode import (
-    decode_picture, exif_orientation, fault, file_bytes, open_picture, orient, resize_mask, save_picture)
+from timet_nb.data.decode import (
+    decode_picture, exif_orientation, fault, file_bytes, open_picture, orient, resize_mask,
+    save_picture)
 from .layout import Clip
 
 # %% ../../nbs/1_data/11_decode_masks.ipynb #4b598f58
@@ -69,7 +70,7 @@ def _grey_ids(v, kind, path, notes, lossy=False):
         notes.append(f"{path}: {_between(count, inner, v.size)}, cut at 128")
     return v >= 128
 
-# %% ../../nbs/1_data/11_decode_masks.ipynb #5de23165
+# %% ../../nbs/1_data/11_decode_masks.ipynb #fafd9e17
 def number_colours(
     values: Iterable,  # packed colours, R + 256 G + 65536 B
 ) -> dict[int, int]:   # colour -> id; black is 0, and 255 is left free
@@ -86,7 +87,7 @@ def _colour_ids(a, path, colours, notes):
     known = _voc_ids() if colours is None else colours
     if colours is None and not known.keys() >= set(values.tolist()):
         known = number_colours(values)
-        if notes is not None: notes.append(f"{path}: {len(values)} colours, not of VOC's palette, numbered")
+        if notes is not None: notes.append(f"{path}: {len(values)} colours, not VOC's, numbered")
     lost = [c for c in values.tolist() if c not in known]
     if lost: raise fault(path, f"colour {lost[0]} (R + 256 G + 65536 B)", f"one of {len(known)}")
     return np.array([known[c] for c in values.tolist()])[place.reshape(a.shape[:2])]
@@ -113,7 +114,7 @@ def clip_colours(
     times = tuple(os.stat(p).st_mtime_ns if os.path.exists(p) else 0 for p in paths)
     return _colours_of(paths, times) if paths else None
 
-# %% ../../nbs/1_data/11_decode_masks.ipynb #4cc83ff5
+# %% ../../nbs/1_data/11_decode_masks.ipynb #42108d8f
 def _turn_of_frame(frame, shape):
     "The frame's orientation, unless the shape of the mask says that it is upright already."
     data = file_bytes(frame)
@@ -132,7 +133,8 @@ def _mask_array(im, kind, path, colours, notes):
     elif a.ndim == 3 or im.mode == "P":
         y = a.astype(np.int64) if im.mode == "P" else _colour_ids(a, path, colours, notes)
         return np.where(y == 255, 255, y > 0) if kind == "binary" else y
-    if a.min() < 0 or a.max() > 65535: raise fault(path, f"ids {a.min()} to {a.max()}", "0 to 65535")
+    if a.min() < 0 or a.max() > 65535:
+        raise fault(path, f"ids {a.min()} to {a.max()}", "0 to 65535")
     return _grey_ids(a.astype(np.int64), kind, path, notes, im.format in ("JPEG", "MPO"))
 
 # %% ../../nbs/1_data/11_decode_masks.ipynb #542d740c
@@ -154,7 +156,7 @@ def read_mask(
     if turn == 1 and exif_from is not None: turn = _turn_of_frame(exif_from, tuple(ids.shape))
     return resize_mask(orient(ids, turn), size).contiguous()
 
-# %% ../../nbs/1_data/11_decode_masks.ipynb #709acac8
+# %% ../../nbs/1_data/11_decode_masks.ipynb #d18eba3e
 def write_mask(
     path: str | Path,  # a .png file; its folder is made
     ids: Tensor,       # (H, W) whole or bool ids; above 255 (and up to 65535) in 16-bit grey
@@ -164,7 +166,8 @@ def write_mask(
     whole = a.ndim == 2 and a.size and np.isfinite(a).all() and (a == a.astype(np.int64)).all()
     if not whole or a.min() < 0 or a.max() > 65535:
         about = f" from {a.min()} to {a.max()}" if a.size else ""
-        raise fault(f"write_mask({path})", f"{a.dtype} {a.shape}{about}", "(H, W) whole ids, 0 to 65535")
+        raise fault(f"write_mask({path})", f"{a.dtype} {a.shape}{about}",
+                    "(H, W) whole ids, 0 to 65535")
     im = Image.fromarray(a.astype(np.uint16 if a.max() > 255 else np.uint8))
     if a.max() <= 255: im.putpalette(voc_palette().tobytes())
     return save_picture(path, im, "PNG")

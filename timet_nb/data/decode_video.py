@@ -58,11 +58,12 @@ def write_video(
         temp.unlink(missing_ok=True)
     return path
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #4d54c8a1
+# %% ../../nbs/1_data/11_decode_video.ipynb #82c7a6f6
 def _why_not(path):
     "A guess from the first bytes of a video that does not open."
     with open(path, "rb") as f: head = f.read(12)
-    mp4, other = head[4:8] in (b"ftyp", b"moov", b"mdat", b"free"), head[:4] in (b"RIFF", b"\x1aE\xdf\xa3")
+    mp4 = head[4:8] in (b"ftyp", b"moov", b"mdat", b"free")
+    other = head[:4] in (b"RIFF", b"\x1aE\xdf\xa3")                # avi; webm and mkv
     if mp4 or other:
         why = "cut before the index (an mp4 keeps it at its end) or without pictures"
         return f"{path.stat().st_size} bytes, {why}"
@@ -80,7 +81,7 @@ def _capture(path):
     cap.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
     return cap
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #4f507601
+# %% ../../nbs/1_data/11_decode_video.ipynb #53e07074
 COUNTED = (".mp4", ".mov", ".m4v", ".avi")   # files that store how many frames they have
 FORGIVEN = 2                                 # frames that they may lack at the end, with a note
 
@@ -98,20 +99,21 @@ class VideoReader:
     ):
         span = start >= 0 and step >= 1 and (stop is None or stop > start)
         if not span or on_count not in ("raise", "note"):
-            raise fault(f"VideoReader({path})", f"start={start}, stop={stop}, step={step}, on_count={on_count!r}",
+            raise fault(f"VideoReader({path})", (start, stop, step, on_count), "start, stop, step, on_count: "
                         "0 <= start < stop, step >= 1, 'raise' or 'note'")
         self.path, self.size, self.start, self.stop, self.step = Path(path), size, start, stop, step
         self.dtype, self.on_count, self.notes, self.decoded = dtype, on_count, [], 0
         self._look()
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #a9469991
+# %% ../../nbs/1_data/11_decode_video.ipynb #00ab840b
 @patch
 def _look(self: VideoReader):
     "Read the header."
     cap, cv2 = _capture(self.path), _cv2()
-    def get(name):
+    def get(name):     # name: a property of OpenCV, without its prefix
+        "Read one number; what is unknown (-1, NaN) or nonsense becomes 0."
         value = cap.get(getattr(cv2, "CAP_PROP_" + name))
-        return value if 0 <= value < 2**40 else 0        # unknown is -1, NaN or nonsense
+        return value if 0 <= value < 2**40 else 0
     self.announced, self.fps = int(get("FRAME_COUNT")), float(get("FPS"))
     self.height, self.width = int(get("FRAME_HEIGHT")), int(get("FRAME_WIDTH"))
     self.rotation = int(get("ORIENTATION_META"))
@@ -157,13 +159,13 @@ def _frame(self: VideoReader, cap, i):
     x = torch.from_numpy(np.ascontiguousarray(a)).permute(2, 0, 1)
     return as_dtype(resize(x, self.size), self.dtype)
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #6096b5c4
+# %% ../../nbs/1_data/11_decode_video.ipynb #4cc5ab73
 @patch
 def _check(self: VideoReader):
     "Compare the frames that came out with the frames announced."
     n, end = self.decoded, self._end()
     if n <= self.start:
-        raise fault(self.path, f"{n} frames, {self.announced} announced", f"more than {self.start}", COPY)
+        raise fault(self.path, f"{n} frames, {self.announced} announced", f"over {self.start}", COPY)
     if not self.announced: return self._note(f"{n} frames came out, the file announces no number")
     if n == end: return
     counted = self.path.suffix.lower() in COUNTED

@@ -161,21 +161,23 @@ def read_clip(
     unknown = torch.full(frames.shape[-2:], 255)
     return frames, torch.stack([unknown if y is None else y for y in found])
 
-# %% ../../nbs/1_data/11_frames.ipynb #37367278
+# %% ../../nbs/1_data/11_frames.ipynb #8bea4308
 def _films(source):
     "{clip name: a video file, or the list of its images}."
     if source.is_file(): return {source.stem: source}
     if not source.is_dir(): raise fault(source, "no such file or folder", "a video, or a folder")
-    files = sorted((p for p in source.iterdir() if p.is_file() and p.name[0] != "."), key=natural_key)
+    files = [p for p in source.iterdir() if p.is_file() and p.name[0] != "."]
+    files.sort(key=natural_key)
     videos = [p for p in files if p.suffix.lower() in VIDEOS]
     images = [p for p in files if p.suffix.lower() in IMAGES]
     if not videos and not images:
         raise fault(source, f"{len(files)} files, none a video or an image",
                     "videos or images", "give the folder that they are in")
     if not videos: return {source.resolve().name: images}
-    stems = [p.stem for p in videos]
+    stems = [p.stem for p in videos]             # a.mp4 beside a.avi: their names get the suffix
     return {p.stem if stems.count(p.stem) == 1 else p.name.replace(".", "_"): p for p in videos}
 
+# %% ../../nbs/1_data/11_frames.ipynb #03b00321
 def _keep_out(source, out):
     "Refuse to write where the source is."
     s, o = source.resolve(), out.resolve()
@@ -200,7 +202,7 @@ def _stream(files, size, step):
     if isinstance(files, Path): return VideoReader(files, size, step=step, dtype=torch.uint8)
     return (read_image(p, size, dtype=torch.uint8, exact=True) for p in files[::step])
 
-# %% ../../nbs/1_data/11_frames.ipynb #44bb4ecb
+# %% ../../nbs/1_data/11_frames.ipynb #6bb7ab2e
 def _extract(files, out, name, options, notes):
     "One clip: its frames wait in a hidden folder until they are complete."
     size = options["size"]
@@ -209,7 +211,7 @@ def _extract(files, out, name, options, notes):
     target, part = out / "JPEGImages" / level / name, out / ".timet_frames" / level / name
     recipe, note = _recipe(files, options), part.with_name(name + ".json")
     if (target.exists() or part.exists()) and _earlier(note) != recipe:
-        raise fault(target if target.exists() else part, "frames of another source or other settings",
+        raise fault(target if target.exists() else part, "frames of another source or settings",
                     f"frames of {name} with {options}", "remove them, or name another folder")
     if target.exists(): return
     part.mkdir(parents=True, exist_ok=True); write_json(note, recipe)

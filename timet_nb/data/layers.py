@@ -141,23 +141,25 @@ class Scene:
         "The class of every object id, background left out."
         return {layer.id: layer.label for layer in self.layers if layer.id}
 
-# %% ../../nbs/1_data/14_layers.ipynb #b0c075fd
+# %% ../../nbs/1_data/14_layers.ipynb #2e35c213
+def _bad(name, got, expected): return DataError(explain(name, got, expected))
+
 def check_scene(
     scene: Scene,   # as given
 ) -> None:
     "Refuse a scene whose masks could not be trusted."
-    def bad(*about): return DataError(explain(f"scene {scene.name!r}", *about))
+    name = f"scene {scene.name!r}"
     if scene.n_frames < 1 or min(scene.size) < 1:
-        raise bad(f"{scene.n_frames} frames of {scene.size}", "at least one frame of one pixel")
+        raise _bad(name, f"{scene.n_frames} frames of {scene.size}", "one frame of one pixel")
     if not scene.layers or scene.layers[0].sprite.alpha is not None:
-        raise bad("no endless plane at the back", "layers[0] with a sprite whose alpha is None")
+        raise _bad(name, "no endless plane at the back", "layers[0] with alpha None")
     for layer in scene.layers:
         got = f"layer {layer.sprite.name!r} with id {layer.id}, label {layer.label!r}"
-        if not 0 <= layer.id < 255: raise bad(got, "ids 0 to 254; 255 means ignore")
+        if not 0 <= layer.id < 255: raise _bad(name, got, "ids 0 to 254; 255 means ignore")
         if bool(layer.id) != bool(layer.label):
-            raise bad(got, "a label for every object, and only for objects")
+            raise _bad(name, got, "a label for every object, and only for objects")
         if layer.id and layer.label != scene.classes[layer.id]:
-            raise bad(got, f"one label for one id; it was {scene.classes[layer.id]!r} before")
+            raise _bad(name, got, f"one label for one id: {scene.classes[layer.id]!r}")
 
 # %% ../../nbs/1_data/14_layers.ipynb #58ed98c6
 def _pose(scene, layer, t):

@@ -197,7 +197,7 @@ def _fill(kind, h, w):
     shade = np.linspace(above, below, h, dtype=np.float32)[:, None, None]
     return np.clip(tint(soften(_tile(texture, h, w), blur), dark, light) * shade, 0, 1)
 
-# %% ../../nbs/1_data/14_photos.ipynb #0423905e
+# %% ../../nbs/1_data/14_photos.ipynb #b57b8970
 def cutout(
     name: str,             # key of CUTOUTS
     height: float,         # pixels on the screen, at a motion's scale of 1
@@ -207,7 +207,8 @@ def cutout(
 ) -> Sprite:               # anchored at its centre or foot, as CUTOUTS says
     "Cut an object out of a photo along its hand-given outline."
     if name not in CUTOUTS: raise _unknown("cutout", name, CUTOUTS)
-    if not height > 0: raise DataError(explain(f"cutout {name!r}", f"height {height}", "more than 0"))
+    if not height > 0:
+        raise DataError(explain(f"cutout {name!r}", f"height {height}", "more than 0"))
     source, _, anchor = CUTOUTS[name]
     alpha, origin, n = _shape(name, height, soft)
     if alpha.max() < .5:

@@ -242,7 +242,7 @@ def _about(world):
     return dict(classes=classes, split=world.split, frames=world.n_frames, size=list(world.size),
                 backdrop=world.backdrop, cutouts=cutouts, seed=world.seed)
 
-# %% ../../nbs/1_data/14_worlds.ipynb #f497790d
+# %% ../../nbs/1_data/14_worlds.ipynb #5edbc287
 def write_world(
     out: str | Path,                         # folder to write into; made when missing
     worlds: Sequence[World] | None = None,   # recipes, no two names alike; None: the shipped ones
@@ -261,15 +261,17 @@ def write_world(
     _write_json(out / "MANIFEST.json", about)
     return out
 
+# %% ../../nbs/1_data/14_worlds.ipynb #01ecec2b
 def _check_task(out, worlds, quality):
     "Refuse what could not be written, before anything is."
-    def bad(what, got, expected): raise DataError(explain(what, got, expected))
-    names = [w.name for w in worlds]
-    if out.exists() and not out.is_dir(): bad(str(out), "a file", "a folder to write into")
-    if len(set(names)) != len(names): bad("worlds", f"names {names}", "names that all differ")
-    if not 1 <= quality <= 95: bad("quality", quality, "1 to 95")
+    names, wrong = [w.name for w in worlds], None
+    if out.exists() and not out.is_dir(): wrong = str(out), "a file", "a folder to write into"
+    if len(set(names)) != len(names): wrong = "worlds", f"names {names}", "names that all differ"
+    if not 1 <= quality <= 95: wrong = "quality", quality, "1 to 95"
     for name in names:
-        if not name or Path(name).name != name: bad("world name", repr(name), "a plain folder name")
+        if not name or Path(name).name != name:
+            wrong = "world name", repr(name), "a plain folder name"
+    if wrong: raise DataError(explain(*wrong))
 
 def _write_lists(out, worlds):
     "Write the lists of the splits and clips.json; return their paths."

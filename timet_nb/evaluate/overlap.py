@@ -28,7 +28,7 @@ from timet_nb.evaluate.boundary import (
 _all_ = ["as_ids", "as_masks", "boundary_f", "boundary_radius", "dice", "disk", "id_range", "jf_stats",
          "objects_in", "outline", "pair_scores", "region_j"]
 
-# %% ../../nbs/3_evaluate/30_overlap.ipynb #3e6368f3
+# %% ../../nbs/3_evaluate/30_overlap.ipynb #b143079f
 def contingency(
     gt,                         # (...) integer class ids, >= 0
     pred,                       # (...) integer cluster or class ids of the same shape, >= 0
@@ -41,11 +41,11 @@ def contingency(
     if gt.shape != pred.shape:
         raise DataError(f"gt has {gt.numel()} pixels and pred {pred.numel()}; they must be equal. "
                         "Resize the prediction to the ground truth (mode nearest)")
-    if ignore is not None:
+    if ignore is not None and gt.numel() and gt.max() >= ignore:
         keep = gt != ignore
-        if not keep.all(): gt, pred = gt[keep], pred[keep]
+        gt, pred = gt[keep], pred[keep]
     G, P = id_range(gt, n_gt, "gt"), id_range(pred, n_pred, "pred")
-    return torch.bincount(gt * P + pred, minlength=G * P).reshape(G, P)
+    return torch.bincount(torch.add(pred, gt, alpha=P), minlength=G * P).reshape(G, P)
 
 # %% ../../nbs/3_evaluate/30_overlap.ipynb #373bf03a
 def iou_matrix(

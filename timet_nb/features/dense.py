@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/2_features/dense.html.md"""
 # %% auto #0
 __all__ = ['batches', 'forward_batch', 'Source', 'sources', 'cache_key', 'CacheEntry', 'DenseFeatures', 'extract']
 
-# %% ../../nbs/2_features/22_dense.ipynb #1b1ba2a9
+# %% ../../nbs/2_features/22_dense.ipynb #1d8f2f1e
 import hashlib
 import json
 import zlib
@@ -26,6 +26,7 @@ from ..base.runtime import (ConfigError, DataError, atomic_write, cache_dir, exp
                                    progress)
 from ..data.frames import ClipReader, VideoReader, image_size, resize, target_size
 from .pca import PCA, Moments, pca_fit
+from .weights import fingerprint
 
 # %% ../../nbs/2_features/22_dense.ipynb #1eaf5567
 def batches(
@@ -54,15 +55,17 @@ def forward_batch(
         halves = x.split((len(x) + 1) // 2)
         return torch.cat([forward_batch(backbone, h, block, norm) for h in halves])
 
-# %% ../../nbs/2_features/22_dense.ipynb #6980e925
+# %% ../../nbs/2_features/22_dense.ipynb #08f568a7
 def _check_features(maps, labels, fp16):
     "Stop at the first image whose features are not finite, or too large for half precision."
     bad = (~torch.isfinite(maps)).flatten(1).any(1).nonzero().flatten().tolist()
-    if bad: raise DataError(explain(labels[bad[0]], f"features with NaN or infinity, in {len(bad)} of {len(labels)} images",
-                                    "finite features", "look at the image; if it is sound, the weights are not"))
-    large = maps.abs().flatten(1).amax(1)
-    if fp16 and float(large.max()) > 65504:
-        raise DataError(explain(labels[int(large.argmax())], f"features up to {float(large.max()):.3g}",
+    if bad:
+        raise DataError(explain(
+            labels[bad[0]], f"features with NaN or infinity, in {len(bad)} of {len(labels)} images",
+            "finite features", "look at the image; if it is sound, the weights are not"))
+    large = maps.abs().flatten(1).amax(1); top = float(large.max())
+    if fp16 and top > 65504:
+        raise DataError(explain(labels[int(large.argmax())], f"features up to {top:.3g}",
                                 "at most 65504, the end of half precision", "give fp16=False"))
 
 # %% ../../nbs/2_features/22_dense.ipynb #a82dc7ef
@@ -90,7 +93,7 @@ def _native_size(clip):
     raise DataError(explain(f"clip {clip.name}", f"frames of {len(sizes)} sizes: {few}", "one size",
                             "give size=(H, W) to bring all to one"))
 
-# %% ../../nbs/2_features/22_dense.ipynb #7a6ab723
+# %% ../../nbs/2_features/22_dense.ipynb #8fadc8b2
 def _identity(files, key_on):
     "Bytes that change when any file does: by its content, or by its path, size and time."
     h = hashlib.sha256()
@@ -110,23 +113,25 @@ def _clip_source(clip, size, backbone, step, on_error, key_on):
             i = reader.indices[-1]; file = clip.frames[i] if clip.frames else clip.video
             yield i, f"{file} (clip {clip.name}, frame {i})", frame
         if reader.skipped:
-            print(f"clip {clip.name}: {len(reader.skipped)} bad frames left out, first {reader.skipped[0][1]}")
+            n, first = len(reader.skipped), reader.skipped[0][1]
+            print(f"clip {clip.name}: {n} bad frames left out, the first {first}")
     files = clip.frames[::step] if clip.frames else (clip.video,)
     return Source(clip.name, hw, _frames, lambda: _identity(files, key_on))
 
+# %% ../../nbs/2_features/22_dense.ipynb #6e3bdd84
 def _tensor_source(name, x, size, backbone, step):
     "A Source for frames that are in memory already."
     if not isinstance(x, Tensor) or x.ndim != 4:
-        raise DataError(explain(name, f"{type(x).__name__} {tuple(getattr(x, 'shape', ()))}", "a (T, 3, H, W) tensor"))
+        got = f"{type(x).__name__} {tuple(getattr(x, 'shape', ()))}"
+        raise DataError(explain(name, got, "a (T, 3, H, W) tensor"))
     x = x.detach()[::step]; hw = _fitting(size, x.shape[2:], backbone)
     def _frames():
         for i, frame in enumerate(x): yield i * step, f"{name}, frame {i * step}", resize(frame, hw)
-    def _content(): return repr((x.dtype, tuple(x.shape))).encode() + x.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return Source(name, hw, _frames, lambda: hashlib.sha256(_content()).digest())
+    return Source(name, hw, _frames, lambda: fingerprint({"frames": x}).encode())
 
-# %% ../../nbs/2_features/22_dense.ipynb #feb42984
+# %% ../../nbs/2_features/22_dense.ipynb #f1f5ee8d
 def sources(
-    source,                     # Layout, Clip, list of Clips, (T, 3, H, W) tensor, or {name: tensor}
+    source,                     # Layout, Clip, Clips, (T, 3, H, W) tensor, or {name: tensor}
     backbone,                   # decides which sizes patches fill
     size: int | tuple | None,   # short side, (H, W), or None for the frames' own
     step: int = 1,              # every `step`-th frame
@@ -134,27 +139,30 @@ def sources(
     key_on: str = "bytes",      # what identifies a file: "bytes" or "stat" (path, size, time)
 ) -> list[Source]:              # one a clip
     "Bring every kind of input to one form."
-    if key_on not in ("bytes", "stat"): raise ConfigError(explain("key_on", repr(key_on), "bytes, stat"))
+    if key_on not in ("bytes", "stat"):
+        raise ConfigError(explain("key_on", repr(key_on), "bytes, stat"))
     if step < 1: raise ConfigError(explain("step", step, "1 or more"))
     if isinstance(source, Tensor): source = {"clip": source}
-    if isinstance(source, dict): return [_tensor_source(n, x, size, backbone, step) for n, x in source.items()]
+    if isinstance(source, dict):
+        return [_tensor_source(n, x, size, backbone, step) for n, x in source.items()]
     clips = [source] if hasattr(source, "video") else list(source)
     names = [c.name for c in clips]
     if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise DataError(explain("clips", f"the name {', '.join(twice[:4])} twice", "a name for each"))
+        raise DataError(explain("clips", f"{', '.join(twice[:4])} twice", "a name for each"))
     return [_clip_source(c, size, backbone, step, on_error, key_on) for c in clips]
 
-# %% ../../nbs/2_features/22_dense.ipynb #224a25f0
+# %% ../../nbs/2_features/22_dense.ipynb #d4d519b0
 def cache_key(
     content: bytes,   # identity of the frames
     weights: str,     # `backbone.fingerprint()`
     **settings,       # everything else that changes the numbers
 ) -> str:             # 32 hex digits
     "Name a cache entry: another frame, weight, setting or version gives another name."
-    text = json.dumps(dict(settings, weights=weights, version=__version__), sort_keys=True, default=str)
+    settings |= dict(weights=weights, version=__version__)
+    text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(content + text.encode()).hexdigest()[:32]
 
-# %% ../../nbs/2_features/22_dense.ipynb #c485930d
+# %% ../../nbs/2_features/22_dense.ipynb #abecd135
 def _crc(path):
     "CRC-32 of a file, in pieces."
     crc = 0
@@ -170,7 +178,7 @@ class CacheEntry:
         key: str,       # from `cache_key`
     ):
         "Name the files; nothing is touched."
-        self.bin, self.json, self.part = (Path(folder) / f"{key}{end}" for end in (".bin", ".json", ".part"))
+        self.bin, self.json, self.part = (Path(folder) / f"{key}.{e}" for e in ("bin", "json", "part"))
 
 @patch
 def open(self: CacheEntry):  # ((T, D, h, w) array mapped read-only, frame numbers), or None
@@ -182,7 +190,7 @@ def open(self: CacheEntry):  # ((T, D, h, w) array mapped read-only, frame numbe
         return np.memmap(self.bin, dtype, "r", shape=shape), list(note["frames"])
     except (OSError, ValueError, KeyError, TypeError): return None
 
-# %% ../../nbs/2_features/22_dense.ipynb #83af436a
+# %% ../../nbs/2_features/22_dense.ipynb #fe376e35
 @patch
 def resume(
     self: CacheEntry,
@@ -194,6 +202,7 @@ def resume(
     with self.part.open("r+b") as f: f.truncate(n * frame_bytes)
     return n
 
+# %% ../../nbs/2_features/22_dense.ipynb #19b0c245
 @patch
 def write(
     self: CacheEntry,
@@ -207,10 +216,12 @@ def write(
         for p in parts:
             f.write(np.ascontiguousarray(p).tobytes()); f.flush()
             shape, dtype, new = p.shape[1:], p.dtype, new + len(p)
-    shape, dtype = shape or notes["shape"], dtype or np.dtype(notes["dtype"])
+    if not frames:
+        self.part.unlink(); raise DataError(explain(f"clip {notes.get('name')}", "no frames", "one or more"))
     self.part.replace(self.bin)
-    note = dict(notes, shape=[len(frames), *shape], dtype=dtype.name, frames=frames, crc=_crc(self.bin))
-    with atomic_write(self.json) as tmp: tmp.write_text(json.dumps(note))
+    about = dict(shape=[len(frames), *(shape or notes["shape"])], frames=frames, crc=_crc(self.bin))
+    about["dtype"] = dtype.name if dtype else notes["dtype"]
+    with atomic_write(self.json) as tmp: tmp.write_text(json.dumps(notes | about))
     return new
 
 @patch
@@ -219,14 +230,14 @@ def sound(self: CacheEntry) -> bool:  # False when a bit was lost
     try: return _crc(self.bin) == json.loads(self.json.read_text())["crc"]
     except (OSError, ValueError, KeyError): return False
 
-# %% ../../nbs/2_features/22_dense.ipynb #e6624df1
+# %% ../../nbs/2_features/22_dense.ipynb #62292af3
 @dataclass
 class DenseFeatures:
     "The features of a data set: one array a clip, in memory or mapped from the cache."
     arrays: dict[str, np.ndarray]                  # clip -> (T, D, h, w) float16 or float32
     sizes: dict[str, tuple[int, int]]              # clip -> (H, W) that the backbone saw
     frames: dict[str, list[int]] = field(default_factory=dict)   # clip -> numbers of its T frames
-    computed: int = 0                              # frames computed in this call; others were cached
+    computed: int = 0                              # frames computed now; others were cached
 
     @property
     def names(self) -> list[str]:
@@ -239,11 +250,6 @@ class DenseFeatures:
         return next(iter(self.arrays.values())).shape[1]
 
     @property
-    def grids(self) -> dict[str, tuple[int, int]]:
-        "Patch grid (h, w) of each clip."
-        return {n: a.shape[2:] for n, a in self.arrays.items()}
-
-    @property
     def nbytes(self) -> int:
         "Bytes of all arrays."
         return sum(a.size * a.itemsize for a in self.arrays.values())
@@ -251,9 +257,15 @@ class DenseFeatures:
     def __len__(self): return len(self.arrays)
     def __repr__(self):
         n = sum(len(a) for a in self.arrays.values())
-        return f"DenseFeatures: {len(self)} clips, {n} frames, width {self.dim}, {self.nbytes / 1e6:.1f} MB"
+        return (f"DenseFeatures: {len(self)} clips, {n} frames, width {self.dim}, "
+                f"{self.nbytes / 1e6:.1f} MB")
 
-# %% ../../nbs/2_features/22_dense.ipynb #3ee8d324
+# %% ../../nbs/2_features/22_dense.ipynb #a0eacd36
+@patch(as_prop=True)
+def grids(self: DenseFeatures) -> dict[str, tuple[int, int]]:
+    "Patch grid (h, w) of each clip."
+    return {n: a.shape[2:] for n, a in self.arrays.items()}
+
 @patch(as_prop=True)
 def grid(self: DenseFeatures) -> tuple[int, int]:
     "The one grid of all clips."
@@ -270,10 +282,12 @@ def maps(
 ) -> Tensor:                            # (T, D, h, w) float32
     "Features of one clip, or of some of its frames; only these are read."
     if name is None and len(self) == 1: name = self.names[0]
-    if name not in self.arrays: raise DataError(explain("clip", repr(name), ", ".join(self.names[:6])))
+    if name not in self.arrays:
+        raise DataError(explain("clip", repr(name), ", ".join(self.names[:6])))
     a = self.arrays[name]
     return torch.from_numpy(np.array(a if indices is None else a[list(indices)], dtype=np.float32))
 
+# %% ../../nbs/2_features/22_dense.ipynb #8b926707
 @patch
 def chunks(
     self: DenseFeatures,
@@ -283,11 +297,12 @@ def chunks(
     for a in self.arrays.values():
         frames = max(rows // (a.shape[2] * a.shape[3]), 1)
         for i in range(0, len(a), frames):
-            yield torch.from_numpy(np.array(a[i:i + frames], np.float32)).flatten(2).mT.flatten(0, 1)
+            x = torch.from_numpy(np.array(a[i:i + frames], np.float32))
+            yield x.flatten(2).mT.flatten(0, 1)
 
-# %% ../../nbs/2_features/22_dense.ipynb #b8c97741
+# %% ../../nbs/2_features/22_dense.ipynb #3824e8dc
 def _compute(item, how, numbers, skip=0):
-    "Yield (B, D, h, w) arrays of one clip; note the numbers of all frames read, also of skipped ones."
+    "Yield (B, D, h, w) arrays of one clip; note the numbers of all frames that were read."
     backbone, batch, fp16, block, norm = how
     def _counted():
         for i, label, frame in item.frames(): numbers.append(i); yield label, frame
@@ -301,29 +316,44 @@ def _in_memory(item, how):
     "All features of one clip as one array."
     numbers = []; parts = list(_compute(item, how, numbers))
     if not parts: raise DataError(explain(f"clip {item.name}", "no frames", "one or more"))
-    return np.concatenate(parts), numbers
+    return np.concatenate(parts), numbers, len(numbers)
 
+def _where(cache):
+    "Folder of the cache, made when it is absent; None: keep in memory."
+    if not cache: return None
+    folder = cache_dir("features") if cache is True else Path(cache)
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise DataError(explain(f"cache {folder}", e.strerror, "a folder")) from e
+    return folder
+
+# %% ../../nbs/2_features/22_dense.ipynb #834016c8
 def _cached(item, how, folder, key):
     "Open one clip in the cache, or compute what is missing of it while holding its lock."
     from filelock import FileLock
     entry = CacheEntry(folder, key)
     if found := entry.open(): return *found, 0
-    folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{key}.lock"):
         if found := entry.open(): return *found, 0
-        notes = dict(name=item.name, size=item.size)
-        if entry.part.exists():                              # learn the size of a frame from the first
-            first = next(_compute(item, (how[0], 1, *how[2:]), []))
-            notes |= dict(shape=first.shape[1:], dtype=first.dtype.name)
-        done, numbers = entry.resume(first.nbytes) if entry.part.exists() else 0, []
-        new = entry.write(_compute(item, how, numbers, done), numbers, notes)
+        try: new = _fill(entry, item, how)
+        except OSError as e:
+            raise DataError(explain(f"cache {folder}", e.strerror or e, "a writable folder with space",
+                                    "free some space, or give cache=FOLDER")) from e
     return *entry.open(), new
 
-# %% ../../nbs/2_features/22_dense.ipynb #dfd0e43a
+def _fill(entry, item, how):
+    "Compute the frames of a clip that the entry does not hold yet."
+    notes, numbers, done = dict(name=item.name, size=item.size), [], 0
+    if entry.part.exists():                                  # the first frame tells a frame's size
+        first = next(_compute(item, (how[0], 1, *how[2:]), []))
+        notes |= dict(shape=first.shape[1:], dtype=first.dtype.name)
+        done = entry.resume(first.nbytes)
+    return entry.write(_compute(item, how, numbers, done), numbers, notes)
+
+# %% ../../nbs/2_features/22_dense.ipynb #615ff725
 def extract(
     backbone,                          # a Backbone or CnnBackbone
-    source,                            # Layout, Clip, list of Clips, (T, 3, H, W) tensor, or {name: tensor}
-    size: int | tuple | None = None,   # short side (to whole patches), exact (H, W), or None: the frames' own
+    source,                            # Layout, Clip, Clips, (T, 3, H, W) tensor, or {name: tensor}
+    size: int | tuple | None = None,   # short side (to whole patches), (H, W), or None: as they are
     batch: int = 8,                    # frames at a time
     cache: bool | str | Path = True,   # True: the user's cache; a folder; False: in memory
     fp16: bool = True,                 # store half precision; False: single
@@ -331,21 +361,19 @@ def extract(
     block: int | None = -1,            # whose output, see `Backbone.tokens`
     norm: bool = True,                 # with the final norm
     on_error: str = "raise",           # a bad frame: "raise", or "skip" and count it
-    key_on: str = "bytes",             # what identifies a file: "bytes" or "stat" (path, size, time)
+    key_on: str = "bytes",             # what identifies a file: "bytes" or "stat"
     desc: str = "features",            # label of the progress bar
 ) -> DenseFeatures:                    # one (T, D, h, w) array a clip
     "Compute the features of clips once, batch by batch, and keep them."
     if not (items := sources(source, backbone, size, step, on_error, key_on)):
         raise DataError(explain("source", "no clips", "one or more"))
-    how, got = (backbone, batch, fp16, block, norm), DenseFeatures({}, {i.name: i.size for i in items})
-    setting = dict(fp16=fp16, step=step, block=block, norm=norm, on_error=on_error)
-    weights = backbone.fingerprint() if cache else ""
-    folder = cache_dir("features") if cache is True else Path(cache) if cache else None
+    got = DenseFeatures({}, {i.name: i.size for i in items})
+    how, key = (backbone, batch, fp16, block, norm), None
+    folder, settings = _where(cache), dict(fp16=fp16, step=step, block=block, norm=norm, skip=on_error)
+    if folder: settings["weights"] = backbone.fingerprint()
     for item in progress(items, desc):
-        if folder is None: array, numbers = _in_memory(item, how); new = len(numbers)
-        else:
-            key = cache_key(item.content(), weights, size=item.size, **setting)
-            array, numbers, new = _cached(item, how, folder, key)
+        if folder: key = cache_key(item.content(), size=item.size, **settings)
+        array, numbers, new = _cached(item, how, folder, key) if key else _in_memory(item, how)
         got.arrays[item.name], got.frames[item.name] = array, numbers
         got.computed += new
     return got

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..base.runtime import DataError, explain
 
-# %% ../../nbs/2_features/22_pca.ipynb #9bf13057
+# %% ../../nbs/2_features/22_pca.ipynb #58a39dd2
 def _rows(x, before=0):
     "Rows in double precision; stop at the first that is not finite."
     if not isinstance(x, Tensor): x = torch.as_tensor(np.asarray(x))
@@ -27,9 +27,9 @@ def _rows(x, before=0):
                                 "flatten maps with .flatten(2).mT.flatten(0, 1)"))
     x = x.detach().double()
     bad = (~torch.isfinite(x)).any(1).nonzero().flatten()
-    if len(bad): raise DataError(explain(f"row {before + int(bad[0])}", f"NaN or infinity, as in {len(bad)} rows",
-                                         "finite numbers", "look at the image that this row came from"))
-    return x
+    if not len(bad): return x
+    raise DataError(explain(f"row {before + int(bad[0])}", f"NaN or infinity, as in {len(bad)} rows",
+                            "finite numbers", "look at the image that this row came from"))
 
 class Moments:
     "Count, mean and scatter matrix of rows that arrive in chunks, in double precision."
@@ -38,7 +38,7 @@ class Moments:
         "Start with nothing seen."
         self.n, self.mean, self.scatter = 0, None, None
 
-# %% ../../nbs/2_features/22_pca.ipynb #f1fcf2ce
+# %% ../../nbs/2_features/22_pca.ipynb #0f70932f
 @patch
 def update(
     self: Moments,
@@ -51,7 +51,7 @@ def update(
     scatter = (x - mean).T @ (x - mean)
     if self.n:
         if mean.shape != self.mean.shape:
-            raise DataError(explain("rows", f"{len(mean)} features", f"{len(self.mean)}, as in the first chunk"))
+            raise DataError(explain("rows", f"{len(mean)} features", f"{len(self.mean)}, as before"))
         delta, total = mean - self.mean, self.n + n
         scatter += self.scatter + torch.outer(delta, delta) * (self.n * n / total)
         mean = self.mean + delta * (n / total)
@@ -69,7 +69,7 @@ class PCA:
     share: Tensor       # (K,) share of the total variance
     whiten: bool = False  # divide by the standard deviation along each component
 
-# %% ../../nbs/2_features/22_pca.ipynb #c9a6a008
+# %% ../../nbs/2_features/22_pca.ipynb #48dbbbbc
 def pca_fit(
     x: Tensor | Iterable | Moments,  # (M, D) rows, an iterable of such chunks, or their Moments
     dim: int,                        # K: how many components
@@ -80,7 +80,8 @@ def pca_fit(
     m = x if isinstance(x, Moments) else _moments(x)
     D = 0 if m.mean is None else len(m.mean)
     if m.n < 2 or not 1 <= dim <= min(D, m.n):
-        raise DataError(explain("dim", f"{dim} for {m.n} rows of {D} features", f"1 to {min(D, m.n)}, and two rows or more"))
+        raise DataError(explain("dim", f"{dim} for {m.n} rows of {D} features",
+                                f"1 to {min(D, m.n)}, and two rows or more"))
     spread = (m.scatter.diagonal() / m.n).sqrt()
     constant = spread <= 1e-12 * spread.max()
     scale = torch.where(constant | (not standardise), 1., spread)
@@ -89,6 +90,7 @@ def pca_fit(
     share = values / values.sum().clamp(min=1e-300)
     return PCA(m.mean, scale, vectors[:, :dim], values[:dim], share[:dim], whiten)
 
+# %% ../../nbs/2_features/22_pca.ipynb #37e2908f
 def _moments(x):
     "Moments of rows, or of chunks of rows."
     if hasattr(x, "chunks"): x = x.chunks()
