@@ -129,7 +129,7 @@ def imports_of(path):
     "The timet_nb modules that a notebook imports, in any cell."
     for c in nbformat.read(path, 4).cells:
         if c.cell_type != "code": continue
-        code = re.sub(r"^\s*[%!].*$", "", c.source, flags=re.M)
+        code = re.sub(r"^(\s*)[%!].*$", r"\1pass", c.source, flags=re.M)
         for n in ast.walk(ast.parse(code)):
             if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("timet_nb"): yield n.module, c.source
             if isinstance(n, ast.Import): yield from ((a.name, c.source) for a in n.names if a.name.startswith("timet_nb"))

@@ -8,9 +8,10 @@ Docs: https://timet-nb.github.io/timet_nb/0_base/record.html.md"""
 # %% auto #0
 __all__ = ['MIME', 'plain', 'append_line', 'record', 'write_json', 'read_json', 'Rows', 'collect', 'summarise', 'Table', 'table']
 
-# %% ../../nbs/0_base/02_record.ipynb #e7d834bd
+# %% ../../nbs/0_base/02_record.ipynb #faa4fe81
 import json, math, os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -172,11 +173,10 @@ def read_json(
         raise DataError(explain(str(path), error.strerror, "a readable JSON file")) from error
     return _parse(data, str(path), "was it cut off, or is it another kind of file?")
 
-# %% ../../nbs/0_base/02_record.ipynb #5aacc2c8
+# %% ../../nbs/0_base/02_record.ipynb #4b3e0039
 class Rows(list):
-    "A list of rows that also knows what could not be read (`skipped`: one sentence each)."
-    def __init__(self, rows=(), skipped=()):
-        super().__init__(rows); self.skipped = list(skipped)
+    "A list of rows that also knows what could not be read."
+    skipped: Sequence = ()      # one sentence for each broken line or file
 
 def _row(row, where):
     "A row with a name and a value, or an error."
@@ -213,7 +213,7 @@ def _from_notebook(path):
         try: yield {**extra, **_row(data[MIME], str(path))}
         except DataError as error: yield error
 
-# %% ../../nbs/0_base/02_record.ipynb #4633281a
+# %% ../../nbs/0_base/02_record.ipynb #7db76a4f
 def _files(paths):
     "Every file to read, with the short name it is called by."
     for path in map(Path, paths):
@@ -233,7 +233,7 @@ def collect(
     "Gather recorded rows again."
     if on_error not in ("raise", "skip"):
         raise DataError(explain("on_error", repr(on_error), "'raise' or 'skip'"))
-    rows = Rows()
+    rows = Rows(); rows.skipped = []
     for path, short in _files(paths):
         for row in (_from_notebook if path.suffix == ".ipynb" else _from_lines)(path):
             if not isinstance(row, DataError): rows.append({**row, "source": short})
@@ -278,11 +278,14 @@ def _cell(x, floatfmt):
 def _safe(text): return text.replace("|", "\\|").replace("\n", " ")
 def _pad(text, width, number): return text.rjust(width) if number else text.ljust(width)
 
-# %% ../../nbs/0_base/02_record.ipynb #2e78bf03
+# %% ../../nbs/0_base/02_record.ipynb #015363fc
+@dataclass(repr=False)
 class Table:
     "Rows to look at: Markdown in a notebook, aligned text in a terminal."
-    def __init__(self, rows, heads, cells, numeric):
-        self.rows, self.heads, self.cells, self.numeric = rows, heads, cells, numeric
+    rows: list       # the rows as given
+    heads: list      # a heading for each column
+    cells: list      # their text, one list a row
+    numeric: list    # True for a column of numbers
 
     @property
     def markdown(self):

@@ -81,7 +81,7 @@ def _capture(path):
     cap.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
     return cap
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #53e07074
+# %% ../../nbs/1_data/11_decode_video.ipynb #7e4ed88a
 COUNTED = (".mp4", ".mov", ".m4v", ".avi")   # files that store how many frames they have
 FORGIVEN = 2                                 # frames that they may lack at the end, with a note
 
@@ -99,8 +99,8 @@ class VideoReader:
     ):
         span = start >= 0 and step >= 1 and (stop is None or stop > start)
         if not span or on_count not in ("raise", "note"):
-            raise fault(f"VideoReader({path})", (start, stop, step, on_count), "start, stop, step, on_count: "
-                        "0 <= start < stop, step >= 1, 'raise' or 'note'")
+            got = f"start={start}, stop={stop}, step={step}, {on_count!r}"
+            raise fault(f"VideoReader({path})", got, "0 <= start < stop, 1 <= step, 'raise' | 'note'")
         self.path, self.size, self.start, self.stop, self.step = Path(path), size, start, stop, step
         self.dtype, self.on_count, self.notes, self.decoded = dtype, on_count, [], 0
         self._look()
@@ -159,13 +159,13 @@ def _frame(self: VideoReader, cap, i):
     x = torch.from_numpy(np.ascontiguousarray(a)).permute(2, 0, 1)
     return as_dtype(resize(x, self.size), self.dtype)
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #4cc5ab73
+# %% ../../nbs/1_data/11_decode_video.ipynb #d75a3345
 @patch
 def _check(self: VideoReader):
     "Compare the frames that came out with the frames announced."
     n, end = self.decoded, self._end()
     if n <= self.start:
-        raise fault(self.path, f"{n} frames, {self.announced} announced", f"over {self.start}", COPY)
+        raise fault(self.path, f"{n} frames, {self.announced} announced", f">{self.start}", COPY)
     if not self.announced: return self._note(f"{n} frames came out, the file announces no number")
     if n == end: return
     counted = self.path.suffix.lower() in COUNTED

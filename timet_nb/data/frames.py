@@ -32,7 +32,7 @@ _all_ = ["exif_orientation", "image_size", "orient", "read_image", "resize", "re
          "target_size", "write_image", "clip_colours", "number_colours", "read_mask", "voc_palette",
          "write_mask", "VideoReader", "count_frames", "write_video"]
 
-# %% ../../nbs/1_data/11_frames.ipynb #8333e26f
+# %% ../../nbs/1_data/11_frames.ipynb #111448bc
 class ClipReader:
     "Frames and masks of a clip; then `.indices`, `.skipped` and `.notes` tell what happened."
     def __init__(
@@ -55,11 +55,12 @@ class ClipReader:
         self.indices, self.skipped, self.notes = [], [], []      # skipped: (number, file, error)
         self._shape = self._colours = None
 
-    def __len__(self):
-        if self.clip.frames: return -(-len(self.clip.frames) // self.step)
-        return len(VideoReader(self.clip.video, step=self.step))
+# %% ../../nbs/1_data/11_frames.ipynb #c3ba48a7
+@patch
+def __len__(self: ClipReader):
+    if self.clip.frames: return -(-len(self.clip.frames) // self.step)
+    return len(VideoReader(self.clip.video, step=self.step))
 
-# %% ../../nbs/1_data/11_frames.ipynb #14802954
 @patch
 def _read(self: ClipReader, i):
     try: return read_image(self.clip.frames[i], self.size, dtype=self.dtype, exact=self.exact)
@@ -161,7 +162,7 @@ def read_clip(
     unknown = torch.full(frames.shape[-2:], 255)
     return frames, torch.stack([unknown if y is None else y for y in found])
 
-# %% ../../nbs/1_data/11_frames.ipynb #8bea4308
+# %% ../../nbs/1_data/11_frames.ipynb #b46027a4
 def _films(source):
     "{clip name: a video file, or the list of its images}."
     if source.is_file(): return {source.stem: source}
@@ -174,7 +175,7 @@ def _films(source):
         raise fault(source, f"{len(files)} files, none a video or an image",
                     "videos or images", "give the folder that they are in")
     if not videos: return {source.resolve().name: images}
-    stems = [p.stem for p in videos]             # a.mp4 beside a.avi: their names get the suffix
+    stems = [p.stem for p in videos]             # a.mp4 beside a.avi: the name gets the suffix
     return {p.stem if stems.count(p.stem) == 1 else p.name.replace(".", "_"): p for p in videos}
 
 # %% ../../nbs/1_data/11_frames.ipynb #03b00321

@@ -84,12 +84,13 @@ def read_json(
     if not isinstance(found, dict): raise DataError(f"{self.path(*parts)} holds no JSON object")
     return found
 
-# %% ../../nbs/1_data/10_glance.ipynb #2a8aff39
+# %% ../../nbs/1_data/10_glance.ipynb #a11d1898
 LEFT = {"hidden": "hidden or system files, ignored",
         "loops": "links to a folder above, not followed",
         "broken": "links that lead nowhere",
         "others": "files that are no image or video, not used"}
 
+# %% ../../nbs/1_data/10_glance.ipynb #1193d3bb
 @patch
 def notes(self: Tree) -> dict[str, tuple[str, ...]]:  # note -> every name
     "Gather what was said, and what was not used in the folders that were visited."
@@ -168,7 +169,7 @@ def make_clip(
     found = masks and pair_masks(tree, name, frames, own or tree.folder(*masks).images, masks)
     return Clip(name, tuple(Path(tree.path(*where, f)) for f in frames), found, **extra)
 
-# %% ../../nbs/1_data/10_glance.ipynb #352da123
+# %% ../../nbs/1_data/10_glance.ipynb #210d088b
 def masks_beside(
     images: list[str],  # names of the images in one folder
 ) -> tuple[list[str], list[str]]:  # frames, masks
@@ -179,6 +180,7 @@ def masks_beside(
     shared = sum(stem_of(n) in stems for n in png)
     return (rest, png) if shared and 2 * shared >= len(png) else (images, [])
 
+# %% ../../nbs/1_data/10_glance.ipynb #cbbbdbe7
 def _only(tree, clip, frames, stems):
     "Keep the frames that a list names; a listed frame that is not there is an error."
     lost = natural(stems - {stem_of(f) for f in frames})

@@ -21,7 +21,7 @@ from ..base.runtime import DataError, cache_dir, explain, need
 from .layers import Layer, Light, Motion, Scene, Shadow, WorldClip, exact_flow, render
 from .photos import BACKDROPS, CUTOUTS, backdrop, cutout
 
-# %% ../../nbs/1_data/14_worlds.ipynb #57e0b3fe
+# %% ../../nbs/1_data/14_worlds.ipynb #a272b7be
 @dataclass(frozen=True)
 class Actor:
     "One cut-out in a world."
@@ -48,6 +48,7 @@ class World:
     seed: int = 0                        # of the grain
     split: str = "train"                 # "train" to choose settings on, "val" to quote
 
+# %% ../../nbs/1_data/14_worlds.ipynb #1e3600db
 WALL = Shadow()
 GROUND = Shadow(strength=.5, offset=(0., -1.), flat=.22, lean=.5)
 

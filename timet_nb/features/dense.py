@@ -129,7 +129,7 @@ def _tensor_source(name, x, size, backbone, step):
         for i, frame in enumerate(x): yield i * step, f"{name}, frame {i * step}", resize(frame, hw)
     return Source(name, hw, _frames, lambda: fingerprint({"frames": x}).encode())
 
-# %% ../../nbs/2_features/22_dense.ipynb #f1f5ee8d
+# %% ../../nbs/2_features/22_dense.ipynb #bb207843
 def sources(
     source,                     # Layout, Clip, Clips, (T, 3, H, W) tensor, or {name: tensor}
     backbone,                   # decides which sizes patches fill
@@ -146,6 +146,7 @@ def sources(
     if isinstance(source, dict):
         return [_tensor_source(n, x, size, backbone, step) for n, x in source.items()]
     clips = [source] if hasattr(source, "video") else list(source)
+    if not clips: raise DataError(explain("source", "no clips", "one or more"))
     names = [c.name for c in clips]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise DataError(explain("clips", f"{', '.join(twice[:4])} twice", "a name for each"))
@@ -162,7 +163,7 @@ def cache_key(
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(content + text.encode()).hexdigest()[:32]
 
-# %% ../../nbs/2_features/22_dense.ipynb #abecd135
+# %% ../../nbs/2_features/22_dense.ipynb #eeb66b01
 def _crc(path):
     "CRC-32 of a file, in pieces."
     crc = 0
@@ -178,7 +179,8 @@ class CacheEntry:
         key: str,       # from `cache_key`
     ):
         "Name the files; nothing is touched."
-        self.bin, self.json, self.part = (Path(folder) / f"{key}.{e}" for e in ("bin", "json", "part"))
+        ends = "bin", "json", "part"
+        self.bin, self.json, self.part = (Path(folder) / f"{key}.{end}" for end in ends)
 
 @patch
 def open(self: CacheEntry):  # ((T, D, h, w) array mapped read-only, frame numbers), or None
@@ -202,7 +204,7 @@ def resume(
     with self.part.open("r+b") as f: f.truncate(n * frame_bytes)
     return n
 
-# %% ../../nbs/2_features/22_dense.ipynb #19b0c245
+# %% ../../nbs/2_features/22_dense.ipynb #706f2429
 @patch
 def write(
     self: CacheEntry,
@@ -217,7 +219,8 @@ def write(
             f.write(np.ascontiguousarray(p).tobytes()); f.flush()
             shape, dtype, new = p.shape[1:], p.dtype, new + len(p)
     if not frames:
-        self.part.unlink(); raise DataError(explain(f"clip {notes.get('name')}", "no frames", "one or more"))
+        self.part.unlink()
+        raise DataError(explain(f"clip {notes.get('name')}", "no frames", "one or more"))
     self.part.replace(self.bin)
     about = dict(shape=[len(frames), *(shape or notes["shape"])], frames=frames, crc=_crc(self.bin))
     about["dtype"] = dtype.name if dtype else notes["dtype"]
@@ -326,7 +329,7 @@ def _where(cache):
     except OSError as e: raise DataError(explain(f"cache {folder}", e.strerror, "a folder")) from e
     return folder
 
-# %% ../../nbs/2_features/22_dense.ipynb #834016c8
+# %% ../../nbs/2_features/22_dense.ipynb #ee3ef553
 def _cached(item, how, folder, key):
     "Open one clip in the cache, or compute what is missing of it while holding its lock."
     from filelock import FileLock
@@ -336,7 +339,7 @@ def _cached(item, how, folder, key):
         if found := entry.open(): return *found, 0
         try: new = _fill(entry, item, how)
         except OSError as e:
-            raise DataError(explain(f"cache {folder}", e.strerror or e, "a writable folder with space",
+            raise DataError(explain(f"cache {folder}", e.strerror or e, "a folder with space",
                                     "free some space, or give cache=FOLDER")) from e
     return *entry.open(), new
 
@@ -349,7 +352,7 @@ def _fill(entry, item, how):
         done = entry.resume(first.nbytes)
     return entry.write(_compute(item, how, numbers, done), numbers, notes)
 
-# %% ../../nbs/2_features/22_dense.ipynb #615ff725
+# %% ../../nbs/2_features/22_dense.ipynb #b200da51
 def extract(
     backbone,                          # a Backbone or CnnBackbone
     source,                            # Layout, Clip, Clips, (T, 3, H, W) tensor, or {name: tensor}
@@ -362,14 +365,14 @@ def extract(
     norm: bool = True,                 # with the final norm
     on_error: str = "raise",           # a bad frame: "raise", or "skip" and count it
     key_on: str = "bytes",             # what identifies a file: "bytes" or "stat"
-    desc: str = "features",            # label of the progress bar
+    desc: str = "features",            # label of the bar
 ) -> DenseFeatures:                    # one (T, D, h, w) array a clip
     "Compute the features of clips once, batch by batch, and keep them."
-    if not (items := sources(source, backbone, size, step, on_error, key_on)):
-        raise DataError(explain("source", "no clips", "one or more"))
+    items = sources(source, backbone, size, step, on_error, key_on)
     got = DenseFeatures({}, {i.name: i.size for i in items})
     how, key = (backbone, batch, fp16, block, norm), None
-    folder, settings = _where(cache), dict(fp16=fp16, step=step, block=block, norm=norm, skip=on_error)
+    folder = _where(cache)
+    settings = dict(fp16=fp16, step=step, block=block, norm=norm, on_error=on_error)
     if folder: settings["weights"] = backbone.fingerprint()
     for item in progress(items, desc):
         if folder: key = cache_key(item.content(), size=item.size, **settings)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..base.runtime import DataError, explain
 
-# %% ../../nbs/2_features/22_pca.ipynb #58a39dd2
+# %% ../../nbs/2_features/22_pca.ipynb #2709dfe0
 def _rows(x, before=0):
     "Rows in double precision; stop at the first that is not finite."
     if not isinstance(x, Tensor): x = torch.as_tensor(np.asarray(x))
@@ -28,7 +28,7 @@ def _rows(x, before=0):
     x = x.detach().double()
     bad = (~torch.isfinite(x)).any(1).nonzero().flatten()
     if not len(bad): return x
-    raise DataError(explain(f"row {before + int(bad[0])}", f"NaN or infinity, as in {len(bad)} rows",
+    raise DataError(explain(f"row {before + int(bad[0])}", f"NaN or infinity, {len(bad)} such rows",
                             "finite numbers", "look at the image that this row came from"))
 
 class Moments:
@@ -38,7 +38,7 @@ class Moments:
         "Start with nothing seen."
         self.n, self.mean, self.scatter = 0, None, None
 
-# %% ../../nbs/2_features/22_pca.ipynb #0f70932f
+# %% ../../nbs/2_features/22_pca.ipynb #ef60d9dc
 @patch
 def update(
     self: Moments,
@@ -51,7 +51,7 @@ def update(
     scatter = (x - mean).T @ (x - mean)
     if self.n:
         if mean.shape != self.mean.shape:
-            raise DataError(explain("rows", f"{len(mean)} features", f"{len(self.mean)}, as before"))
+            raise DataError(explain("rows", f"{len(mean)} features", f"{len(self.mean)}"))
         delta, total = mean - self.mean, self.n + n
         scatter += self.scatter + torch.outer(delta, delta) * (self.n * n / total)
         mean = self.mean + delta * (n / total)

@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/4_timet/model.html.md"""
 __all__ = ['CHOICES', 'LEAST', 'POSITIVE', 'NetworkSettings', 'MemorySettings', 'ClipSettings', 'RateSettings', 'TimeTConfig',
            'make_head', 'TimeT']
 
-# %% ../../nbs/4_timet/42_model.ipynb #84477a00
+# %% ../../nbs/4_timet/42_model.ipynb #6f6fe6e1
 from dataclasses import asdict, dataclass, fields
 import torch
 from fastcore.basics import patch
@@ -18,7 +18,8 @@ from ..base.runtime import ConfigError, check_config, explain
 from ..base.train import all_sum, cosine, ema_update, ranks
 from ..features.backbone import create_backbone
 from .assign import Prototypes, Queue
-from .loss import KINDS, LossSettings, assign, attention_mask, temporal_target, time_loss
+from .loss import (KINDS, LossSettings, assign, attention_mask, temporal_target,
+                                 time_loss)
 
 # %% ../../nbs/4_timet/42_model.ipynb #85b77ed3
 @dataclass(frozen=True)
@@ -79,14 +80,15 @@ class RateSettings:
     weight_decay_end: float = .4       # and after the last
     clip: float | None = None          # largest gradient norm; None = no clipping
 
-# %% ../../nbs/4_timet/42_model.ipynb #9a15cf91
+# %% ../../nbs/4_timet/42_model.ipynb #08b9dc89
 @dataclass(frozen=True)
 class TimeTConfig(RateSettings, ClipSettings, MemorySettings, LossSettings, NetworkSettings):
     "Every setting of time-tuning; the defaults are those that act in the authors' code."
     def __post_init__(self):
         object.__setattr__(self, "head", tuple(self.head))
         for name, ok, expected in [*_rules(self), *_pairs(self)]:
-            if not ok: raise ConfigError(explain(f"TimeTConfig.{name}", repr(getattr(self, name)), expected))
+            if not ok: raise ConfigError(explain(
+                f"TimeTConfig.{name}", repr(getattr(self, name)), expected))
 
     @classmethod
     def from_dict(cls,
@@ -95,13 +97,15 @@ class TimeTConfig(RateSettings, ClipSettings, MemorySettings, LossSettings, Netw
         "Settings read from a file; an unknown name is refused, with the nearest one."
         return cls(**check_config(cls, values))
 
-# %% ../../nbs/4_timet/42_model.ipynb #8e90e3d1
-CHOICES = dict(target=KINDS, forwarder=("student", "prefix"), normalise=("after", "before", "never"),
-               prototype_init=("random", "tokens", "kmeans"), regime=("uniform", "dense", "regular"),
-               augment=("paper", "official", "mini", "none"), norm=("final", "plain", "none"))
-LEAST = dict(trained_blocks=0, iterations=0, n_last=0, radius=0, queue=0, views=0, steps=0, epochs=0,
-             warmup=0, frame_start=0, max_frames=0, prototypes=1, topk=1, frames=1, batch=1, size=1, gap=1,
-             frame_step=1, queue_per_clip=1)
+# %% ../../nbs/4_timet/42_model.ipynb #002c15fe
+CHOICES = dict(
+    target=KINDS, forwarder=("student", "prefix"), normalise=("after", "before", "never"),
+    prototype_init=("random", "tokens", "kmeans"), regime=("uniform", "dense", "regular"),
+    augment=("paper", "official", "mini", "none"), norm=("final", "plain", "none"))
+LEAST = dict.fromkeys(("trained_blocks", "iterations", "n_last", "radius", "queue", "views",
+                       "steps", "epochs", "warmup", "frame_start", "max_frames"), 0)
+LEAST |= dict.fromkeys(("prototypes", "topk", "frames", "batch", "size", "gap", "frame_step",
+                        "queue_per_clip"), 1)
 POSITIVE = ("epsilon", "temperature", "affinity_temperature")
 
 def _rules(c):
@@ -110,10 +114,10 @@ def _rules(c):
         yield name, getattr(c, name) in options, " | ".join(map(repr, options))
     for name, low in LEAST.items():
         n = getattr(c, name)
-        yield name, isinstance(n, int) and not isinstance(n, bool) and n >= low, f"a whole number >= {low}"
+        yield name, type(n) is int and n >= low, f"a whole number >= {low}"
     for name in POSITIVE: yield name, getattr(c, name) > 0, "a number > 0"
 
-# %% ../../nbs/4_timet/42_model.ipynb #c2da3435
+# %% ../../nbs/4_timet/42_model.ipynb #77ad93bf
 def _pairs(c):
     "Settings that contradict each other."
     still = c.target == "same-frame"
@@ -122,7 +126,7 @@ def _pairs(c):
     yield "frames", c.frames > 1 or still, '>= 2, or target="same-frame"'
     yield "queue", not c.queue or c.joint, "0 with joint=False: a queue is balanced with the batch"
     yield "inverted_ema", c.teacher or not c.inverted_ema, "teacher=True: else there is no EMA"
-    yield "soft", not (c.soft and c.official), "False with official=True: their code takes the argmax"
+    yield "soft", not (c.soft and c.official), "False with official=True: they take the argmax"
     yield "momentum", 0 <= c.momentum <= c.momentum_end <= 1, "0 <= momentum <= momentum_end <= 1"
     yield "mask_keep", 0 < c.mask_keep < 1, "a share in (0, 1)"
     yield "mask", not c.mask or c.trained_blocks > 0, "False with trained_blocks=0"
@@ -147,7 +151,7 @@ def official(
     slips = dict(teacher=True, inverted_ema=True, std228=True, official=True, augment="official")
     return cls(**{**slips, **changes})
 
-# %% ../../nbs/4_timet/42_model.ipynb #647668c7
+# %% ../../nbs/4_timet/42_model.ipynb #28cfbe28
 @patch(cls_method=True)
 def mini(
     cls: TimeTConfig,
@@ -155,8 +159,9 @@ def mini(
 ) -> TimeTConfig:
     "A few minutes on one core: six blocks, cached prefix, small head, prototypes from patches."
     small = dict(backbone="dinov2-s14-imgfocus", depth=6, norm="plain", head=(512, 256),
-                 prototype_init="tokens", forwarder="prefix", views=3, max_frames=20, frame_step=2,
-                 batch=8, steps=60, lr_blocks=1e-4, lr_head=1e-3, lr_prototypes=1e-3, weight_decay_end=.04)
+                 prototype_init="tokens", forwarder="prefix", views=3, max_frames=20,
+                 frame_step=2, batch=8, steps=60, lr_blocks=1e-4, lr_head=1e-3,
+                 lr_prototypes=1e-3, weight_decay_end=.04)
     return cls(**{**small, **changes})
 
 # %% ../../nbs/4_timet/42_model.ipynb #cf3403f6
@@ -217,18 +222,19 @@ class TimeT(nn.Module):
     @property
     def head(self): return self.tail.head
 
-# %% ../../nbs/4_timet/42_model.ipynb #c81b29c8
+# %% ../../nbs/4_timet/42_model.ipynb #0aef7be5
 def _backbone(config):
     "The backbone that a config names."
-    return create_backbone(config.backbone, depth=config.depth, norm=config.norm, resize=config.resize,
-                           normalise="timet" if config.std228 else "model")
+    return create_backbone(config.backbone, depth=config.depth, norm=config.norm,
+                           resize=config.resize, normalise="timet" if config.std228 else "model")
 
 def _check_backbone(backbone, config):
     "Refuse a backbone without blocks, or with fewer than should learn."
     if not hasattr(backbone, "tail"):
-        raise ConfigError(explain("backbone", backbone.name, "a ViT, with blocks to freeze and to train"))
-    if config.trained_blocks > backbone.depth: raise ConfigError(explain(
-        "TimeTConfig.trained_blocks", config.trained_blocks, f"at most the {backbone.depth} of {backbone.name}"))
+        raise ConfigError(explain("backbone", backbone.name, "a ViT, with blocks to freeze"))
+    if config.trained_blocks > backbone.depth:
+        want = f"at most the {backbone.depth} of {backbone.name}"
+        raise ConfigError(explain("TimeTConfig.trained_blocks", config.trained_blocks, want))
 
 @patch
 def _remember(self: TimeT):
@@ -276,13 +282,13 @@ def taught(
     mine = {n.removeprefix("tail."): t for n, t in held.items() if n.startswith("tail.")}
     return torch.func.functional_call(self.tail, mine, (tokens, grid))[1], held["prototypes.weight"]
 
-# %% ../../nbs/4_timet/42_model.ipynb #fb9f01c7
+# %% ../../nbs/4_timet/42_model.ipynb #c8ae5dbb
 @patch
 @torch.no_grad()
 def carriers(
     self: TimeT,
     tokens: Tensor,              # (B, T, P + N, D) from `prefix`
-    last: Tensor | None = None,  # (B, N, D) features of the last frame, where they are known already
+    last: Tensor | None = None,  # (B, N, D) features of the last frame, where they are known
     grid: tuple[int, int] | None = None,   # (h, w); None: that of the training size
 ) -> Tensor:                     # (B, T, N, D)
     "Features that say which patch of one frame is which of the next."
@@ -306,7 +312,7 @@ def foreground(
     attention = b.attention(b.run(tokens, b.split, b.depth - 1), grid)
     return attention_mask(attention, self.config.mask_keep).flatten(1)
 
-# %% ../../nbs/4_timet/42_model.ipynb #a356e726
+# %% ../../nbs/4_timet/42_model.ipynb #44edc60b
 @patch
 def _unshared(self: TimeT, frames, generator=None):
     "The same loss with one pass for tokens and one for attention at each use, over all frames."
@@ -315,16 +321,18 @@ def _unshared(self: TimeT, frames, generator=None):
     def attention():
         with torch.no_grad(): self.backbone.cls_attention(flat)
     head = whole(lambda t: self.student(t)[1]); attention()
-    moving = self.carriers(self.prefix(frames)) if c.target == "propagated" else None; attention()
+    moving = self.carriers(self.prefix(frames)) if c.target == "propagated" else None
+    attention()
     taught = V = None
     if self.teacher is not None:
         taught = whole(lambda t: self.taught(t)[0]); attention()
         V = self.teacher.tensors()["prototypes.weight"]
     assign(head[:, -1].detach(), self.prototypes.weight.detach())               # never used
-    masks = whole(self.foreground)[:, [c.target == "same-frame" and -1, -1]] if c.mask else None
+    source = -1 if c.target == "same-frame" else 0
+    masks = whole(self.foreground)[:, [source, -1]] if c.mask else None
     return self._loss(head, moving, masks, taught, V, generator)
 
-# %% ../../nbs/4_timet/42_model.ipynb #442d95c2
+# %% ../../nbs/4_timet/42_model.ipynb #ccf3c584
 @patch
 def _shared(self: TimeT, tokens, generator=None):
     "Loss from prefix tokens: a gradient for the last frame only, a head only where it is read."
@@ -334,34 +342,35 @@ def _shared(self: TimeT, tokens, generator=None):
     moving = self.carriers(tokens, known) if c.target == "propagated" else None
     source = tokens[:, -1 if same else 0]
     made, V = self._names(source, last if same else None, moving)
-    masks = torch.stack([self.foreground(t) for t in (source, tokens[:, -1])], 1) if c.mask else None
-    head = torch.stack([made, last], 1)
-    return self._loss(head, moving, masks, None if V is None else made[:, None], V, generator)
+    ends, taught = (source, tokens[:, -1]), None if V is None else made[:, None]
+    masks = torch.stack([self.foreground(t) for t in ends], 1) if c.mask else None
+    return self._loss(torch.stack([made, last], 1), moving, masks, taught, V, generator)
 
 @patch
 def _names(self: TimeT, source, last, moving):
-    "Head features that give the names, and the teacher's prototypes or None; reuses what is there."
+    "Head features that give the names, and the teacher's prototypes or None."
     if self.teacher is not None: return self.taught(source)
     if last is not None: return last.detach(), None
     if moving is None or self.config.forwarder == "prefix": return self.taught(source)[0], None
+    # the student's features of frame 0 are there already
     with torch.no_grad(): return self.head(moving[:, 0]), None
 
-# %% ../../nbs/4_timet/42_model.ipynb #6146b6b4
+# %% ../../nbs/4_timet/42_model.ipynb #ddd7b9af
 @patch
 def _loss(self: TimeT, head, carriers, masks=None, teacher=None, V=None, generator=None):
     "`time_loss` with this model's settings."
     c = self.config
     mine = LossSettings(**{f.name: getattr(c, f.name) for f in fields(LossSettings)})
-    return time_loss(head, carriers, self.prototypes, self.grid, mine, teacher, V, self.queue, masks,
-                     all_sum, generator)
+    return time_loss(head, carriers, self.prototypes, self.grid, mine, teacher, V, self.queue,
+                     masks, all_sum, generator)
 
 @torch.no_grad()
 def _watch(aux, k):
-    "Two witnesses: share of the prototypes in use, share of the names that are not where they were."
+    "Two witnesses: share of the prototypes in use, share of the names that have moved."
     hard, first = aux["targets"].flatten(1), aux["q_first"].argmax(-1)
     return dict(used=hard.unique().numel() / k, moved=(hard != first).float().mean())
 
-# %% ../../nbs/4_timet/42_model.ipynb #4299dcda
+# %% ../../nbs/4_timet/42_model.ipynb #110a46ff
 @patch
 def forward(
     self: TimeT,
@@ -372,7 +381,7 @@ def forward(
 ) -> dict:                            # loss, and what to watch: accuracy, used, moved
     "Compute the loss of a batch of clips."
     if (frames is None) == (tokens is None) or unshared and frames is None:
-        raise ConfigError(explain("TimeT", "neither or both", "frames, or the prefix tokens made of them"))
+        raise ConfigError(explain("TimeT", "neither or both", "frames, or prefix tokens"))
     if self.config.normalise == "before" and self.training: self.prototypes.normalise_()
     if unshared: loss, aux = self._unshared(frames, generator)
     else:
@@ -402,7 +411,7 @@ class _Named:
     def __init__(self, tensors): self.tensors = tensors
     def state_dict(self): return self.tensors
 
-# %% ../../nbs/4_timet/42_model.ipynb #bdda36b0
+# %% ../../nbs/4_timet/42_model.ipynb #dbef0d61
 @patch
 def groups(
     self: TimeT,
@@ -414,13 +423,14 @@ def groups(
     def part(params, matrices): return [p for p in params if (p.ndim > 1) == matrices]
     decay = cosine(c.weight_decay, c.weight_decay_end, steps)
     rows = [("prototypes", [self.prototypes.weight], c.lr_prototypes, decay),
-            ("head", part(head, True), c.lr_head, decay), ("head-biases", part(head, False), c.lr_head, 0.),
+            ("head", part(head, True), c.lr_head, decay),
+            ("head-biases", part(head, False), c.lr_head, 0.),
             ("blocks", part(blocks, True), c.lr_blocks, decay),
             ("blocks-vectors", part(blocks, False), c.lr_blocks, 0.)]
-    return [dict(name=n, params=p, lr=cosine(lr, c.lr_end, steps, c.warmup), weight_decay=wd)
-            for n, p, lr, wd in rows if p]
+    def rate(lr): return cosine(lr, c.lr_end, steps, c.warmup)
+    return [dict(name=n, params=p, lr=rate(lr), weight_decay=wd) for n, p, lr, wd in rows if p]
 
-# %% ../../nbs/4_timet/42_model.ipynb #ff0faf3e
+# %% ../../nbs/4_timet/42_model.ipynb #8798491f
 @patch
 @torch.no_grad()
 def targets_for(
@@ -432,8 +442,8 @@ def targets_for(
     grid, tokens = self.backbone.grid(*x.shape[-2:]), self.prefix(x)
     made, V = self.taught(tokens[:, 0], grid)
     q = assign(made, V, None, None, c.epsilon, c.iterations, c.joint)
-    later = temporal_target(q, self.carriers(tokens, grid=grid), grid, "propagated", c.n_last, c.topk,
-                            c.radius, c.affinity_temperature, c.official)
+    later = temporal_target(q, self.carriers(tokens, grid=grid), grid, "propagated", c.n_last,
+                            c.topk, c.radius, c.affinity_temperature, c.official)
     maps = torch.cat([q.mT.unflatten(2, grid)[:, None].to(later.dtype), later], 1)
     found = dict(ids=maps.argmax(2), maps=maps)
     return found if frames.dim() == 5 else {k: v[0] for k, v in found.items()}
