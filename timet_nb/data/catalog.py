@@ -42,7 +42,7 @@ def natural(
     names = list(names)
     stems = [os.path.splitext(n)[0] for n in names]
     plain = len({*map(len, names)}) == 1 and all(s.isascii() and s.isdigit() for s in stems)
-    return sorted(names)
+    return sorted(names) if plain else sorted(names, key=natural_key)
 
 # %% ../../nbs/1_data/10_catalog.ipynb #69648638
 @dataclass

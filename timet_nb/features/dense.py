@@ -204,7 +204,7 @@ def resume(
     with self.part.open("r+b") as f: f.truncate(n * frame_bytes)
     return n
 
-# %% ../../nbs/2_features/22_dense.ipynb #706f2429
+# %% ../../nbs/2_features/22_dense.ipynb #be166745
 @patch
 def write(
     self: CacheEntry,
@@ -213,7 +213,7 @@ def write(
     notes: dict,                  # kept beside the numbers
 ) -> int:                         # frames added
     "Append batches as they come, then declare the entry complete."
-    shape, dtype, new = None, None, 0
+    shape = dtype = None; new = 0
     with self.part.open("ab") as f:
         for p in parts:
             f.write(np.ascontiguousarray(p).tobytes()); f.flush()
@@ -222,8 +222,8 @@ def write(
         self.part.unlink()
         raise DataError(explain(f"clip {notes.get('name')}", "no frames", "one or more"))
     self.part.replace(self.bin)
-    about = dict(shape=[len(frames), *(shape or notes["shape"])], frames=frames, crc=_crc(self.bin))
-    about["dtype"] = dtype.name if dtype else notes["dtype"]
+    about = dict(shape=[len(frames), *(shape or notes["shape"])], frames=frames,
+                 dtype=dtype.name if dtype else notes["dtype"], crc=_crc(self.bin))
     with atomic_write(self.json) as tmp: tmp.write_text(json.dumps(notes | about))
     return new
 
@@ -352,7 +352,7 @@ def _fill(entry, item, how):
         done = entry.resume(first.nbytes)
     return entry.write(_compute(item, how, numbers, done), numbers, notes)
 
-# %% ../../nbs/2_features/22_dense.ipynb #b200da51
+# %% ../../nbs/2_features/22_dense.ipynb #93e1d48b
 def extract(
     backbone,                          # a Backbone or CnnBackbone
     source,                            # Layout, Clip, Clips, (T, 3, H, W) tensor, or {name: tensor}
@@ -369,14 +369,12 @@ def extract(
 ) -> DenseFeatures:                    # one (T, D, h, w) array a clip
     "Compute the features of clips once, batch by batch, and keep them."
     items = sources(source, backbone, size, step, on_error, key_on)
-    got = DenseFeatures({}, {i.name: i.size for i in items})
-    how, key = (backbone, batch, fp16, block, norm), None
-    folder = _where(cache)
+    got, folder, key = DenseFeatures({}, {i.name: i.size for i in items}), _where(cache), None
+    how = backbone, batch, fp16, block, norm
     settings = dict(fp16=fp16, step=step, block=block, norm=norm, on_error=on_error)
     if folder: settings["weights"] = backbone.fingerprint()
     for item in progress(items, desc):
         if folder: key = cache_key(item.content(), size=item.size, **settings)
         array, numbers, new = _cached(item, how, folder, key) if key else _in_memory(item, how)
-        got.arrays[item.name], got.frames[item.name] = array, numbers
-        got.computed += new
+        got.arrays[item.name], got.frames[item.name], got.computed = array, numbers, got.computed + new
     return got
