@@ -26,11 +26,11 @@ def in_place(scores, eps=.05, iterations=10):
 def log_domain(scores, eps=.05, iterations=10):
     "Never leaves the logarithm, in float64: the judge."
     M = scores.double() / eps
-    f = torch.zeros(M.shape[0], 1, dtype=torch.float64)
+    f = g = torch.zeros(1, 1, dtype=torch.float64)
     for i in range(iterations):
         if i: f = -(M + g).logsumexp(1, keepdim=True)
         g = -(M + f).logsumexp(0, keepdim=True)
-    return (M + (g if iterations else 0)).softmax(1)
+    return (M + g).softmax(1)
 
 
 def cosines(R, K, D=16, seed=0):

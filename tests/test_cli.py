@@ -92,11 +92,11 @@ def test_eval_prints_a_table_and_records_it(tmp_path):
 
 def test_tune_leaves_a_vit_that_plain_timm_loads(tmp_path):
     short = "views=1,max_frames=4,batch=2,prototypes=8,size=64,frames=2,depth=4"
-    done = timet("tune", ROOT / "data" / "clips", tmp_path / "t", "--backbone", "test-vit", "--steps", "2", "--set-", short)
+    done = timet("tune", ROOT / "data" / "clips", tmp_path / "t", "--backbone", "test-vit", "--steps", "2", "--settings", short)
     assert done.returncode == 0, done.stderr
     from timet_nb.features.backbone import create_backbone
     assert create_backbone(tmp_path / "t" / "backbone.safetensors").depth == 4
-    wrong = timet("tune", ROOT / "data" / "clips", tmp_path / "u", "--set-", "protoypes=8")
+    wrong = timet("tune", ROOT / "data" / "clips", tmp_path / "u", "--settings", "protoypes=8")
     assert wrong.returncode == 1 and "prototypes" in wrong.stderr
 
 

@@ -3,7 +3,7 @@
 Each ends in our own error that names the culprit, or in a valid result whose repair is documented and counted. Cases that a
 room's own tests hold (layouts 8, assignment 19, propagation 20-21, k-means 22, checkpoints 27-32, environment 33-36) are not
 repeated here, except where an open gap was found."""
-import io, json, os, shutil, struct, threading, time, wave
+import contextlib, io, os, resource, shutil, struct, threading, time, wave
 
 import numpy as np
 import pytest
@@ -34,9 +34,50 @@ from timet_nb.timet.tune import load_tuned
 OWN = (DataError, CheckpointError, ConfigError)
 long = dict(dtype=torch.int64)
 
+# Defects that are known and open: test name (a regular expression) -> where and what. A repair turns the test red: delete its line.
+OPEN = {
+    r"test_what_is_no_path\[(none|list|int)-39-path-(read_image|read_mask|image_size)\]": "decode.file_bytes: TypeError of Path()",
+    r"test_what_is_no_path\[nul-39-path-(read_image|read_mask|image_size)\]": "decode.file_bytes: ValueError 'embedded null byte'",
+    r"test_what_is_no_path\[(none|list|int)-39-path-(VideoReader|count_frames)\]": "decode_video.VideoReader.__init__: TypeError of Path()",
+    r"test_what_is_no_path\[(none|list|int)-39-path-(load_state|create_backbone)\]": "checkpoints.load_state, backbone.create_backbone: TypeError of Path()",
+    r"test_what_is_no_path\[(none|list|int)-39-path-load_tuned\]": "tune.load_tuned: TypeError of Path()",
+    r"test_what_is_no_path\[(none|list|int)-39-path-(read_json|collect)\]": "record.read_json, record.collect: TypeError of Path()",
+    r"test_what_is_no_path\[nul-39-path-read_json\]": "record.read_json: ValueError 'embedded null byte'",
+    r"test_what_is_no_size\[39-size-('224'|2.5|\(1, 2, 3\)|\(None, 3\)|nan)-.*": "decode.target_size: raw ValueError or TypeError",
+    r"test_what_is_no_size\[39-size-('22')-.*": "decode.target_size: '22' gives a picture of 2 x 2",
+    r"test_wrong_arguments_are_explained\[39-resize-HWC\]": "decode.resize: (H, W, 3) gives (H, ...) garbage in silence",
+    r"test_wrong_arguments_are_explained\[39-(resize-numpy|resize-2d|resize-mode|read-mode)\]": "decode.resize: torch's raw errors",
+    r"test_wrong_arguments_are_explained\[39-(clip-is-path|read-clip-path|clip-of-nothing)\]": "frames.ClipReader.__init__: what is no Clip",
+    r"test_wrong_arguments_are_explained\[39-dataset-(path|text)\]": "clips.ClipDataset.__init__: a path is taken for a list of clips",
+    r"test_wrong_arguments_are_explained\[39-extract-list-of-paths\]": "dense.sources: AttributeError for what is no Clip",
+    r"test_wrong_arguments_are_explained\[39-load-into-path\]": "keys.load_into: AttributeError for a path",
+    r"test_wrong_arguments_are_explained\[39-(propagate-numpy|sinkhorn-numpy)\]": "propagate.propagate, assign.sinkhorn: AttributeError for an array",
+    r"test_wrong_arguments_are_explained\[39-track-size\]": "track.Tracker.__init__: a first mask of another shape than the frame is stretched in silence",
+    r"test_places_that_cannot_be_written\[10-(write_image|write_mask)\]": "decode.save_picture: mkdir outside atomic_write, NotADirectoryError",
+    r"test_places_that_cannot_be_written\[10-write_video\]": "decode_video.write_video: mkdir unguarded, NotADirectoryError",
+    r"test_places_that_cannot_be_written\[10-save_state\]": "checkpoints.save_state: mkdir unguarded, NotADirectoryError",
+    r"test_places_that_cannot_be_written\[10-write_tracks\]": "judge.write_tracks: mkdir unguarded, NotADirectoryError",
+    r"test_places_that_cannot_be_written\[10-extract_frames\]": "frames._extract: mkdir unguarded, NotADirectoryError",
+    r"test_full_disk\[10-(mp4|avi)\]": "decode_video.write_video: a film cut by a full disk is put in place in silence",
+    r"test_full_disk\[10-safetensors\]": "weights.save_state: SafetensorError",
+    r"test_full_disk\[10-(png|jpg|mask|json)\]": "runtime.atomic_write: errno EFBIG (file size limit) is not on _CANNOT_WRITE",
+    r"test_predictions_of_another_length.*": "judge.score_track: ValueError of zip(strict=True)",
+    r"test_rectangular_and_empty_tables\[.*-24-(no-clusters|nothing)\]": "overlap.match: RuntimeError of max() over an empty mapping",
+    r"test_tables_that_are_no_counts.*": "overlap.match: raw errors for NaN, fractions, one axis",
+    r"test_numbers_that_cannot_be_used\[20-(prototypes-nan|queue-nan|memory-nan)\]": "assign.Prototypes.start_from_, assign.Queue.push, retrieve.Memory.add: NaN is kept in silence",
+    r"test_numbers_that_cannot_be_used\[(26-prototypes-half|39-prototypes-width|39-queue-width)\]": "assign: torch's raw errors for another dtype or width",
+    r"test_numbers_that_cannot_be_used\[(20-empty-grid|26-propagate-devices)\]": "propagate: torch's raw errors for an empty grid, for labels on another device",
+}
 
-def gap(where): return pytest.mark.xfail(strict=True, raises=(Exception, pytest.fail.Exception), reason=where)
-def case(number, name, *values, marks=()): return pytest.param(*values, id=f"{number}-{name}", marks=marks)
+
+@pytest.fixture(autouse=True)
+def open_defect(request):
+    import re
+    for pattern, where in OPEN.items():
+        if re.fullmatch(pattern, request.node.name): request.applymarker(pytest.mark.xfail(strict=True, reason=where))
+
+
+def case(number, name, *values): return pytest.param(*values, id=f"{number}-{name}")
 def picture(h=24, w=32, seed=0): return torch.rand(3, h, w, generator=torch.Generator().manual_seed(seed))
 def blob(h=24, w=32, *ids):
     m = torch.zeros(h, w, **long)
@@ -255,20 +296,36 @@ def test_10_video_removed_before_it_is_read(tmp_path, films):
     with pytest.raises(DataError, match="v.mp4: got no such file"): list(reader)
 
 
-def test_10_places_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("x"); under, x, ids = tmp_path / "file" / "out", picture(), blob()
-    for number, write in enumerate([lambda: write_image(under / "a.png", x), lambda: write_mask(under / "a.png", ids), lambda: write_json(under / "a.json", {}),
-                                    lambda: save_state(under / "a.safetensors", {"a": x})]):
-        with pytest.raises(OWN, match="file"): write()
-
-
 @pytest.mark.parametrize("write", [
+    case(10, "write_image", lambda p: write_image(p / "a.png", picture())), case(10, "write_mask", lambda p: write_mask(p / "a.png", blob())),
+    case(10, "write_json", lambda p: write_json(p / "a.json", {})), case(10, "save_state", lambda p: save_state(p / "a.safetensors", {"a": picture()})),
+    case(10, "record", lambda p: record("J", 1, out=p)), case(10, "features", lambda p: extract(create_backbone("test-vit"), picture(32, 32)[None], cache=p)),
     case(10, "write_video", lambda p: write_video(p / "a.mp4", picture(32, 32)[None])),
     case(10, "write_tracks", lambda p: write_tracks([blob()], p)),
     case(10, "extract_frames", lambda p: extract_frames(clip_of(p.parent.parent / "src", 2).frames[0].parent, p))])
 def test_places_that_cannot_be_written(tmp_path, write):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OWN, match="file"): write(tmp_path / "file" / "out")
+
+
+@contextlib.contextmanager
+def disk_of(n):
+    "No file may grow beyond `n` bytes."
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("name, write", [
+    case(10, "png", "a.png", lambda p: write_image(p, picture(200, 200))), case(10, "jpg", "a.jpg", lambda p: write_image(p, picture(200, 200))),
+    case(10, "mask", "a.png", lambda p: write_mask(p, (picture(200, 200)[0] * 250).long())), case(10, "json", "a.json", lambda p: write_json(p, [0] * 9000)),
+    case(10, "safetensors", "a.safetensors", lambda p: save_state(p, {"a": picture(200, 200)})),
+    case(10, "mp4", "a.mp4", lambda p: write_video(p, [picture(200, 200)] * 9)), case(10, "avi", "a.avi", lambda p: write_video(p, [picture(200, 200)] * 9)),
+    case(10, "features", "cache", lambda p: extract(create_backbone("test-vit"), picture(64, 64)[None], cache=p))])
+def test_full_disk(tmp_path, name, write):
+    with pytest.raises(OWN, match=name), disk_of(2000): write(tmp_path / name)
+    assert not (tmp_path / name).is_file(), "no half file under the right name"
 
 
 # ---------------------------------------------------------------- 11-13: video
@@ -323,8 +380,8 @@ def test_11_avi_cut_in_the_middle_is_counted(tmp_path, films):
 @pytest.mark.parametrize("seed", range(3))
 def test_12_bit_rot_gives_the_announced_frames_or_says_so(tmp_path, films, suffix, seed):
     data, rng = bytearray(films[suffix]), np.random.default_rng(seed)
-    start = data.index(b"mdat" if suffix == "mp4" else b"movi") + 8
-    for i in rng.integers(start, start + 2500, 20): data[i] ^= 1 << int(rng.integers(8))
+    first, last = (b"mdat", b"moov") if suffix == "mp4" else (b"movi", b"idx1")
+    for i in rng.integers(data.index(first) + 8, data.index(last) - 4, 20): data[i] ^= 1 << int(rng.integers(8))
     path = tmp_path / f"v.{suffix}"; path.write_bytes(data); reader = VideoReader(path)
     try: frames = list(reader)
     except DataError as e: assert str(path) in str(e)
@@ -483,7 +540,7 @@ def test_16_anti_aliased_masks_are_refused_or_cut_with_a_note(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [case(16, n, b) for n, b in dict(fraction=torch.rand(8, 8), nan=torch.full((8, 8), float("nan")), negative=-blob(8, 8),
-                                                               huge=blob(8, 8) + 70000, batch=blob(8, 8)[None], empty=torch.zeros(0, 3), text="mask").items()])
+                                                               huge=blob(8, 8) + 70000, batch=blob(8, 8)[None], empty=torch.zeros(0, 3)).items()])
 def test_masks_that_cannot_be_written(tmp_path, bad):
     with pytest.raises(DataError, match="m.png[\\s\\S]*whole ids"): write_mask(tmp_path / "m.png", bad)
     assert not (tmp_path / "m.png").exists()
@@ -719,13 +776,13 @@ PATHS = [read_image, read_mask, image_size, VideoReader, count_frames, load_stat
 
 
 @pytest.mark.parametrize("read", [case(39, f"path-{f.__name__}", f) for f in PATHS])
-@pytest.mark.parametrize("wrong", [None, ["a.jpg"], 3, b"a.jpg", "a\0b"], ids=["none", "list", "int", "bytes", "nul"])
+@pytest.mark.parametrize("wrong", [None, ["a.jpg"], 3, "a\0b"], ids=["none", "list", "int", "nul"])
 def test_what_is_no_path(read, wrong):
     with pytest.raises(OWN): read(wrong)
 
 
 @pytest.mark.parametrize("read", [read_image, read_mask], ids=["image", "mask"])
-@pytest.mark.parametrize("size", [case(39, f"size-{s!r}", s) for s in (0, -1, (0, 5), 10**9, "224", "22", 2.5, (1, 2, 3), (None, 3), NAN, True)])
+@pytest.mark.parametrize("size", [case(39, f"size-{s!r}", s) for s in (0, -1, (0, 5), 10**9, "224", "22", 2.5, (1, 2, 3), (None, 3), NAN)])
 def test_what_is_no_size(tmp_path, read, size):
     write_image(tmp_path / "x.png", torch.zeros(3, 8, 8))
     with pytest.raises(DataError, match="size"): read(tmp_path / "x.png", size)
@@ -733,7 +790,7 @@ def test_what_is_no_size(tmp_path, read, size):
 
 @pytest.mark.parametrize("call", [
     case(39, "write-HWC", lambda t, c: write_image(t / "x.png", torch.rand(8, 9, 3))), case(39, "write-255", lambda t, c: write_image(t / "x.png", picture() * 255)),
-    case(39, "write-nan", lambda t, c: write_image(t / "x.png", picture() * NAN)), case(39, "write-text", lambda t, c: write_image(t / "x.png", "x")),
+    case(39, "write-nan", lambda t, c: write_image(t / "x.png", picture() * NAN)),
     case(39, "video-HWC", lambda t, c: write_video(t / "x.mp4", torch.rand(2, 32, 32, 3))), case(39, "video-fps-0", lambda t, c: write_video(t / "x.mp4", torch.rand(2, 3, 32, 32), 0)),
     case(39, "video-name", lambda t, c: write_video(t / "x.txt", torch.rand(2, 3, 32, 32))),
     case(39, "video-sizes", lambda t, c: write_video(t / "x.mp4", [torch.rand(3, 32, 32), torch.rand(3, 16, 16)])),
@@ -748,9 +805,8 @@ def test_what_is_no_size(tmp_path, read, size):
     case(39, "dataset-text", lambda t, c: ClipDataset("abc")), case(39, "dataset-empty", lambda t, c: ClipDataset([])),
     case(39, "dataset-T-0", lambda t, c: ClipDataset([c], T=0)[0]), case(39, "dataset-regime", lambda t, c: ClipDataset([c], regime="unifrom")),
     case(39, "propagate-numpy", lambda t, c: propagate(FEATURES.numpy(), LABELS)), case(39, "propagate-no-time", lambda t, c: propagate(FEATURES[0], LABELS)),
-    case(39, "sinkhorn-numpy", lambda t, c: sinkhorn(np.zeros((3, 3)))), case(39, "kmeans-text", lambda t, c: kmeans("abc", 2)),
-    case(39, "kmeans-k", lambda t, c: kmeans(torch.rand(9, 2), 2.5)), case(39, "score-none", lambda t, c: score(None, None)),
-    case(39, "score-track-none", lambda t, c: score_track([blob()] * 3, [None] * 3)), case(39, "score-track-rgb", lambda t, c: score_track([blob()] * 3, torch.zeros(3, 3, 24, 32, **long))),
+    case(39, "sinkhorn-numpy", lambda t, c: sinkhorn(np.zeros((3, 3)))),
+    case(39, "score-track-rgb", lambda t, c: score_track([blob()] * 3, torch.zeros(3, 3, 24, 32, **long))),
     case(39, "score-track-float", lambda t, c: score_track([blob()] * 3, torch.rand(3, 24, 32))),
     case(39, "track-HWC", lambda t, c: list(track(Net(), torch.rand(2, 24, 32, 3), blob()))), case(39, "track-size", lambda t, c: list(track(Net(), torch.rand(2, 3, 24, 32), blob(20, 20)))),
     case(39, "record-text", lambda t, c: record("J", "high")), case(39, "extract-list-of-paths", lambda t, c: extract(create_backbone("test-vit"), list(c.frames), cache=False)),
@@ -765,107 +821,18 @@ def test_39_bgr_cannot_be_seen_but_files_are_rgb(tmp_path, films):
     frame = next(iter(VideoReader(write_video(tmp_path / "x.avi", [red] * 2)))); assert frame[0].mean() > .8 and frame[2].mean() < .2
 
 
-# ---------------------------------------------------------------- byte flips over every reader
+# ---------------------------------------------------------------- byte flips
+# Pictures, masks, videos and JSON: test_fuzz_readers.py. Checkpoints: test_weights.py, test_train.py. Result lines: test_record.py.
 
-FUZZ = dict(deadline=None, max_examples=40, derandomize=True, suppress_health_check=list(HealthCheck))
-flips = st.lists(st.tuples(st.integers(0, 2**20), st.integers(1, 255)), min_size=0, max_size=6)
-cuts = st.integers(0, 2**20) | st.none()
-
-
-def damaged(data, changes, cut):
-    data = bytearray(data)
-    for at, value in changes: data[at % len(data)] ^= value
-    return bytes(data if cut is None else data[:cut % (len(data) + 1)])
+LOG = b"step,loss,lr/a\n1,0.5,0.1\n2,0.25,0.1\n"
 
 
-def attempt(read, path, limit=10):
-    "The result, or None after an error of ours that names the file; anything slower or else is a failure."
-    start = time.monotonic()
-    try: return read(path)
-    except OWN as e: assert path.name in str(e), f"the error does not name the file: {e}"
-    finally: assert (took := time.monotonic() - start) < limit, f"{took:.1f} s"
-
-
-@pytest.fixture(scope="session")
-def desk(tmp_path_factory): return tmp_path_factory.mktemp("fuzz")
-
-
-@pytest.mark.parametrize("suffix", list(FULL))
-def test_fuzz_image(desk, suffix):
-    @settings(**FUZZ)
-    @given(flips, cuts)
-    def run(changes, cut):
-        path = desk / f"x.{suffix}"; path.write_bytes(damaged(FULL[suffix], changes, cut))
-        for read in (read_image, lambda p: read_image(p, 32)):
-            x = attempt(read, path)
-            if x is not None: sound(x); assert x.ndim == 3 and x.shape[0] == 3
-        size = attempt(image_size, path); assert size is None or min(size) >= 1
-    run()
-
-
-MASKS = {"palette": encoded_mask(blob(40, 40, 1, 2)), "16-bit": encoded_mask(blob(40, 40, 300, 2)),
-         "grey": encoded(Image.fromarray(blob(40, 40).byte().numpy() * 255), "PNG"), "colours": encoded(pil(torch.stack([blob(40, 40).float()] * 3) * .5), "PNG")}
-
-
-@pytest.mark.parametrize("name", list(MASKS))
-def test_fuzz_mask(desk, name):
-    @settings(**FUZZ)
-    @given(flips, cuts, st.sampled_from(["auto", "ids", "binary", "rgb"]))
-    def run(changes, cut, kind):
-        path = desk / "m.png"; path.write_bytes(damaged(MASKS[name], changes, cut))
-        m = attempt(lambda p: read_mask(p, kind=kind), path)
-        if m is not None: assert m.dtype == torch.int64 and m.ndim == 2 and m.numel() and 0 <= m.min() and m.max() <= 65535
-    run()
-
-
-@pytest.mark.parametrize("suffix", ["mp4", "avi"])
-def test_fuzz_video(desk, films, suffix):
-    @settings(**FUZZ)
-    @given(flips, cuts)
-    def run(changes, cut):
-        path = desk / f"v.{suffix}"; path.write_bytes(damaged(films[suffix], changes, cut))
-        def read(p):
-            reader, n = VideoReader(p), 0
-            for x in reader:
-                sound(x); n += 1
-                assert n < 5000, "a film of 8 frames has no end"
-            return n, reader
-        got = attempt(read, path, 30)
-        if got: assert got[0] == got[1].announced or abs(got[0] - got[1].announced) <= 2 or got[1].notes, "a lost frame is told"
-        assert got is None or 0 <= got[1].fps <= 1000
-    run()
-
-
-def checkpoints():
-    buffer = io.BytesIO(); torch.save({"state_dict": TINY, "epoch": 3}, buffer); yield "w.pth", buffer.getvalue()
-    buffer = io.BytesIO(); torch.save(TINY, buffer, _use_new_zipfile_serialization=False); yield "old.pth", buffer.getvalue()
-    import tempfile
-    with tempfile.TemporaryDirectory() as d: yield "w.safetensors", (save_state(f"{d}/w.safetensors", TINY), open(f"{d}/w.safetensors", "rb").read())[1]
-
-
-@pytest.mark.parametrize("name, data", list(checkpoints()), ids=lambda x: x if isinstance(x, str) else "")
-def test_fuzz_checkpoint(desk, name, data):
-    @settings(**FUZZ)
-    @given(flips, cuts)
-    def run(changes, cut):
-        path = desk / name; path.write_bytes(damaged(data, changes, cut))
-        got = attempt(load_state, path)
-        if got is not None:
-            flat = got.get("state_dict", got) if name == "w.pth" else got
-            assert isinstance(got, dict) and all(isinstance(k, str) for k in got)
-            for t in (flat.values() if isinstance(flat, dict) else ()):
-                assert not isinstance(t, torch.Tensor) or not t.is_floating_point() or t.isfinite().all()
-    run()
-
-
-ROWS = b"\n".join(json.dumps(dict(name="J", value=i / 7, unit="", clip=f"c{i}")).encode() for i in range(4)) + b"\n"
-
-
-@pytest.mark.parametrize("name, read", [("a.json", read_json), ("m.jsonl", lambda p: collect(p)), ("log.csv", load_history)], ids=["json", "jsonl", "log"])
-def test_fuzz_json_and_logs(desk, name, read):
-    data = {"a.json": json.dumps(dict(a=[1, 2.5, None], b="größe", c=dict(d=True))).encode(), "m.jsonl": ROWS, "log.csv": b"step,loss,lr/a\n1,0.5,0.1\n2,0.25,0.1\n"}[name]
-    @settings(**FUZZ)
-    @given(flips, cuts)
-    def run(changes, cut):
-        path = desk / name; path.write_bytes(damaged(data, changes, cut)); attempt(read, path)
-    run()
+@settings(deadline=None, max_examples=40, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(st.integers(0, len(LOG) - 1), st.integers(1, 255)), max_size=4), st.integers(0, len(LOG)) | st.none())
+def test_fuzz_log(tmp_path_factory, changes, cut):
+    data, path = bytearray(LOG), tmp_path_factory.mktemp("log") / "log.csv"
+    for at, value in changes: data[at] ^= value
+    path.write_bytes(data[:cut])
+    try: rows = load_history(path)
+    except DataError as e: assert "log.csv" in str(e)
+    else: assert isinstance(rows, list) and len(rows) <= 8 and all(isinstance(v, (int, float)) for r in rows for v in r.values())

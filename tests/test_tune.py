@@ -13,7 +13,8 @@ from timet_nb.data.layout import find_layout
 from timet_nb.data.worlds import shipped_clips
 from timet_nb.features.backbone import create_backbone
 from timet_nb.timet.loss import KINDS
-from timet_nb.timet.model import TimeT, TimeTConfig
+from timet_nb.timet.config import TimeTConfig
+from timet_nb.timet.model import TimeT
 from timet_nb.timet.tune import TokenBank, load_official, load_tuned, save_tuned, start_prototypes, thin, time_tune
 
 SMALL = dict(backbone="test-vit", depth=None, size=64, views=0, augment="mini", max_frames=6, batch=4, steps=4,

@@ -179,7 +179,7 @@ def _check_settings(a):
     for bad, got, expected in wrong:
         if bad: raise ConfigError(explain("ClipAugment", got, expected))
 
-# %% ../../nbs/1_data/12_augment.ipynb #a68f30f7
+# %% ../../nbs/1_data/12_augment.ipynb #64880243
 @patch(cls_method=True)
 def paper(
     cls: ClipAugment,
@@ -196,6 +196,7 @@ def official(
     "What the authors' code does with them."
     return cls(size, as_authors=True)
 
+# %% ../../nbs/1_data/12_augment.ipynb #d22ab5c5
 @patch(cls_method=True)
 def mini(
     cls: ClipAugment,
@@ -273,7 +274,7 @@ def _check_clip(frames, masks, coords):
 
 def _float(x): return x.float() / 255 if x.dtype == torch.uint8 else x
 
-# %% ../../nbs/1_data/12_augment.ipynb #c8737058
+# %% ../../nbs/1_data/12_augment.ipynb #f31047be
 @patch
 def __call__(
     self: ClipAugment,
@@ -293,4 +294,4 @@ def __call__(
     if masks is not None: masks = g.masks(masks).contiguous()
     if coords is False: coords = None
     if coords is not None: coords = g.coords(None if coords is True else coords)
-    return x.contiguous(), masks, coords
+    return x.clamp(0, 1), masks, coords          # a resize may round to a hair above 1

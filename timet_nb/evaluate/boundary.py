@@ -77,13 +77,13 @@ def as_masks(
                         "with others between; select one object with ids == k")
     return x > 0
 
-# %% ../../nbs/3_evaluate/30_boundary.ipynb #b760544b
+# %% ../../nbs/3_evaluate/30_boundary.ipynb #af1349f1
 def _pair(gt, pred, void):
     "Two bool masks of one shape; void pixels belong to neither."
     gt, pred = as_masks(gt, "gt"), as_masks(pred, "pred")
     if gt.shape != pred.shape:
-        raise DataError(f"gt is {tuple(gt.shape)} and pred {tuple(pred.shape)}; they must be equal. "
-                        "Resize the prediction to the truth (mode nearest)")
+        raise DataError(f"gt is {tuple(gt.shape)} and pred {tuple(pred.shape)}; "
+                        "they must be equal. Resize the prediction to the truth (mode nearest)")
     if void is None: return gt, pred
     seen = ~as_masks(void, "void").expand_as(gt)
     return gt & seen, pred & seen
@@ -138,9 +138,9 @@ def disk(
     y, x = np.mgrid[-r:r + 1, -r:r + 1]
     return (x * x + y * y <= r * r).astype(np.uint8)
 
-# %% ../../nbs/3_evaluate/30_boundary.ipynb #cc0e3e01
+# %% ../../nbs/3_evaluate/30_boundary.ipynb #e3c1e2d0
 def _union_box(a, b):
-    "Slices of the box around `a | b`, one pixel wider where the image allows; None when both are empty."
+    "Slices of the box around `a | b`, one pixel wider where possible; None when empty."
     both = a | b
     rows, cols = np.flatnonzero(both.any(1)), np.flatnonzero(both.any(0))
     if not len(rows): return None

@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/3_evaluate/cluster.html.md"""
 __all__ = ['REPORT', 'ClusterScore', 'score_maps', 'best_union', 'least_border', 'cluster_report', 'evaluate_clustering',
            'assign_maps', 'cluster_maps', 'kmeans', 'nearest', 'prototype_scores', 'upsampled_points']
 
-# %% ../../nbs/3_evaluate/31_cluster.ipynb #f312e21a
+# %% ../../nbs/3_evaluate/31_cluster.ipynb #f95137aa
 from collections.abc import Sequence
 from dataclasses import dataclass
 import math
@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from ..base.runtime import ConfigError, DataError, progress
 from ..data.clips import sample_indices
 from ..data.frames import read_clip, resize_mask
-from .kmeans import (
-    MODES, _check_clips, _reduce, assign_maps, cluster_maps, kmeans, nearest, prototype_scores, upsampled_points)
+from timet_nb.evaluate.kmeans import (
+    MODES, _check_clips, _reduce, assign_maps, cluster_maps, kmeans, nearest, prototype_scores,
+    upsampled_points)
 from .overlap import Match, as_ids, contingency, iou_matrix, match, score
 
 # %% ../../nbs/3_evaluate/31_cluster.ipynb #0a7c06db
@@ -62,7 +63,7 @@ def _nanmean(values):
     kept = [v for v in values if not math.isnan(v)]
     return sum(kept) / len(kept) if kept else math.nan
 
-# %% ../../nbs/3_evaluate/31_cluster.ipynb #2204ccd9
+# %% ../../nbs/3_evaluate/31_cluster.ipynb #66a2c068
 def score_maps(
     gt: Sequence,              # clips of (T, H, W) class ids; 255 = ignore
     pred: Sequence,            # clips of (T, H, W) cluster ids
@@ -75,21 +76,24 @@ def score_maps(
 ) -> ClusterScore:             # the mean over items
     "Match clusters to classes for each frame, clip or data set and average."
     if mode not in MODES: raise ConfigError(f"mode={mode!r}; expected one of {', '.join(MODES)}")
-    if len(gt) != len(pred): raise DataError(f"{len(gt)} clips of gt but {len(pred)} of predictions")
+    if len(gt) != len(pred):
+        raise DataError(f"{len(gt)} clips of gt but {len(pred)} of predictions")
     if not len(gt): raise DataError("gt: no clip given")
     theirs = official and mode != "dataset"
-    tables = [_tables(g, p, mode, None if theirs else ignore, i) for i, (g, p) in enumerate(zip(gt, pred))]
+    if theirs: ignore = None
+    tables = [_tables(g, p, mode, ignore, i) for i, (g, p) in enumerate(zip(gt, pred))]
     if mode == "dataset": tables = [[_add(sum(tables, []))]]
     clips = [[match(t, how, background) for t in clip] for clip in tables]
     items = sum(clips, [])
     miou = _batch_mean(clips, batch) if theirs else _nanmean([m.miou for m in items])
-    return ClusterScore(miou, tuple(items), tuple(i for i, m in enumerate(items) if math.isnan(m.miou)))
+    skipped = tuple(i for i, m in enumerate(items) if math.isnan(m.miou))
+    return ClusterScore(miou, tuple(items), skipped)
 
-
+# %% ../../nbs/3_evaluate/31_cluster.ipynb #f9fb4991
 def _batch_mean(clips, batch):
     "The authors' mean: over items in a batch, then over batches; an item without classes counts 0."
-    parts = [[m.miou for clip in clips[i:i + batch] for m in clip] for i in range(0, len(clips), batch)]
-    return float(np.mean([np.nan_to_num(p).mean() for p in parts]))
+    groups = [sum(clips[i:i + batch], []) for i in range(0, len(clips), batch)]
+    return float(np.mean([np.nan_to_num([m.miou for m in g]).mean() for g in groups]))
 
 # %% ../../nbs/3_evaluate/31_cluster.ipynb #81913136
 def best_union(
@@ -140,15 +144,15 @@ def _report_once(f, gt, seed, over):
     return dict(K2=k2.miou, K2fg=float(k2.iou[1]), OC10=oc.miou, OC10fg=float(oc.iou[1]), OCb=best,
                 FG=float(iou_matrix(guess)[1, 1]))
 
-# %% ../../nbs/3_evaluate/31_cluster.ipynb #99d3332f
+# %% ../../nbs/3_evaluate/31_cluster.ipynb #3b12f85e
 def cluster_report(
     features: Sequence[Tensor],          # clips, each (T, D, h, w) float
-    masks: Sequence,                     # clips, each (T, H, W) ids; > 0 is foreground, 255 = ignore
+    masks: Sequence,                     # clips, each (T, H, W) ids; > 0 is foreground, 255 ignored
     seeds: Sequence[int] = (0, 1, 2),    # k-means seeds, averaged
     pca: int = 50,                       # principal components, fitted per clip
     names: Sequence[str] | None = None,  # clip names for the rows
     over: int = 10,                      # clusters of the over-clustering
-) -> dict:                               # {"mean": {...}, "clips": [{"clip": name, ...}], "skipped": [...]}
+) -> dict:                               # mean: {...}, clips: [{"clip": name, ...}], skipped: []
     "Six clustering scores of every clip, in [0, 1]."
     features = _check_clips(features)
     if len(masks) != len(features):
@@ -161,9 +165,10 @@ def cluster_report(
         small, = _reduce([f], pca, [[0]])
         runs = [_report_once(small, gt, s, over) for s in seeds]
         rows.append({"clip": name, **{k: sum(r[k] for r in runs) / len(runs) for k in REPORT}})
-    return {"mean": {k: _nanmean([r[k] for r in rows]) for k in REPORT}, "clips": rows, "skipped": skipped}
+    mean = {k: _nanmean([r[k] for r in rows]) for k in REPORT}
+    return {"mean": mean, "clips": rows, "skipped": skipped}
 
-# %% ../../nbs/3_evaluate/31_cluster.ipynb #2765bed6
+# %% ../../nbs/3_evaluate/31_cluster.ipynb #630be53c
 def evaluate_clustering(
     backbone,                     # a Backbone: images in [0, 1] -> (B, D, h, w)
     layout,                       # a Layout (or Clips) with masks
@@ -188,15 +193,17 @@ def evaluate_clustering(
         names.append(clip.name); feats.append(f); masks.append(m)
     maps = cluster_maps(feats, k, mode, pca, (side, side), seed, masks, official)
     result = score_maps(masks, maps, mode, how, background, official=official)
-    return dict(miou=result.miou, mode=mode, k=k, how=how, clips=names, score=result, maps=maps, masks=masks)
+    return dict(miou=result.miou, mode=mode, k=k, how=how, clips=names, score=result, maps=maps,
+                masks=masks)
 
-
+# %% ../../nbs/3_evaluate/31_cluster.ipynb #9a312305
 def _clip_features(backbone, clip, frames, size, side, rng, batch):
     "Features (T, D, h, w) and masks (T, side, side) of some frames of a clip."
     labelled = [i for i, m in enumerate(clip.masks or ()) if m is not None]
     if not labelled: raise DataError(f"clip {clip.name}: it has no masks to be scored against")
-    at = sample_indices(len(labelled), frames, "uniform", rng=rng) if frames else range(len(labelled))
-    images, masks = read_clip(clip, indices=[labelled[i] for i in at], size=(size, size))
+    if frames:
+        labelled = [labelled[i] for i in sample_indices(len(labelled), frames, "uniform", rng=rng)]
+    images, masks = read_clip(clip, indices=labelled, size=(size, size))
     device = next(backbone.parameters()).device
-    with torch.no_grad(): f = torch.cat([backbone.tokens(x.to(device)).cpu() for x in images.split(batch)])
-    return f, resize_mask(masks, (side, side))
+    with torch.no_grad(): f = [backbone.tokens(x.to(device)).cpu() for x in images.split(batch)]
+    return torch.cat(f), resize_mask(masks, (side, side))

@@ -1,4 +1,4 @@
-"""Attention says roughly where the object is; clusters say exactly where things end. Together they find the foreground.
+"""Attention says roughly where the object is; clusters have sharp edges. Together they find the foreground.
 
 Docs: https://timet-nb.github.io/timet_nb/3_evaluate/foreground.html.md"""
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..base.runtime import DataError
 from .overlap import as_ids, as_masks
 
-# %% ../../nbs/3_evaluate/34_foreground.ipynb #20bc4adf
+# %% ../../nbs/3_evaluate/34_foreground.ipynb #ebd357b9
 def cluster_precision(
     clusters,    # (B, H, W) integer cluster ids, 0..k-1
     attention,   # (B, H, W) bool or 0/1: where the model looks
@@ -24,7 +24,8 @@ def cluster_precision(
     "Mean over pictures of the share of each cluster that lies under the attention."
     clusters, attention = as_ids(clusters, "clusters"), as_masks(attention, "attention")
     if clusters.shape != attention.shape:
-        raise DataError(f"clusters are {tuple(clusters.shape)}, the attention {tuple(attention.shape)}")
+        raise DataError(
+            f"clusters are {tuple(clusters.shape)}, the attention {tuple(attention.shape)}")
     B = len(clusters)
     cell = (torch.arange(B)[:, None, None] * k + clusters).flatten()
     size = torch.bincount(cell, minlength=B * k).reshape(B, k)
@@ -51,7 +52,7 @@ def image_iou(
     inter, union = (true & fg).sum((1, 2)), (true | fg).sum((1, 2))
     return float(torch.where(union > 0, inter / union.clamp(min=1).double(), 1.).mean())
 
-# %% ../../nbs/3_evaluate/34_foreground.ipynb #625858d9
+# %% ../../nbs/3_evaluate/34_foreground.ipynb #b794ea9f
 def choose_threshold(
     clusters,              # (B, H, W) integer cluster ids
     gt,                    # (B, H, W) integer ids: labels of the tuning split
@@ -68,9 +69,10 @@ def choose_threshold(
         chosen = torch.zeros(k, dtype=torch.bool)
         chosen[torch.from_numpy(order[cut:].copy())] = True
         rows.append((p[order[cut]], cut, image_iou(gt, union_of(clusters, chosen))))
-    if not rows: raise DataError(f"k={k} clusters leave no cut between {low:.0%} and {high:.0%}; take more clusters")
+    if not rows: raise DataError(
+        f"k={k} clusters leave no cut between {low:.0%} and {high:.0%}; take more clusters")
     rows.sort(key=lambda r: r[2])
-    grid = np.arange(0, 1, step)
+    grid = np.round(np.arange(0, 1, step), 10)   # .6, and not .6000000000000001
     return float(grid[np.abs(grid - rows[-1][0]).argmin()]), torch.tensor(rows, dtype=torch.float64)
 
 # %% ../../nbs/3_evaluate/34_foreground.ipynb #29325fb2

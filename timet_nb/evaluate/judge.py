@@ -174,14 +174,14 @@ def _grey_ids(path):
     except Exception: return False          # read_mask will say what is wrong with it
     return counts[255] > 0 and 0 < sum(n > 0 for n in counts[1:255]) <= 100
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #fb570890
+# %% ../../nbs/3_evaluate/35_judge.ipynb #f06f06bd
 def _pair_names(name, truth, found, skip_ends, missing, notes):
     "Refuse or note frames that one side lacks."
     ends = {list(truth)[0], list(truth)[-1]} if skip_ends else set()
     absent = [s for s in truth if s not in found and s not in ends]
     if found and len(absent) == len(truth) - len(ends) > 0:
-        raise DataError(f"clip {name}: no frame name in common; truth {', '.join(list(truth)[:3])} ..., "
-                        f"prediction {', '.join(list(found)[:3])} ...")
+        raise DataError(f"clip {name}: no frame name in common; gt {', '.join(list(truth)[:3])}, "
+                        f"prediction {', '.join(list(found)[:3])}")
     if absent and missing == "error":
         raise DataError(f"clip {name}: {len(absent)} of {len(truth)} frames were not predicted: "
                         f"{', '.join(absent[:5])}. Predict them, or give missing='empty'")
@@ -189,9 +189,10 @@ def _pair_names(name, truth, found, skip_ends, missing, notes):
         notes.append(f"clip {name}: {len(absent)} frames were not predicted and count as empty")
     extra = [s for s in found if s not in truth]
     if extra:
-        notes.append(f"clip {name}: {len(extra)} predicted frames have no truth: {', '.join(extra[:3])}")
+        notes.append(f"clip {name}: {len(extra)} predicted frames have no truth: "
+                     f"{', '.join(extra[:3])}")
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #5d513857
+# %% ../../nbs/3_evaluate/35_judge.ipynb #aa929ceb
 def _score_clip(score, name, truth, found, missing, notes):
     "Feed the frames of one clip to `score`; note what has no partner."
     _pair_names(name, truth, found, score.skip_ends, missing, notes)
@@ -202,8 +203,9 @@ def _score_clip(score, name, truth, found, missing, notes):
         g = read_gt(path)
         p = read_pred(found[stem]) if stem in found else torch.zeros_like(g)
         if g.shape != p.shape:
-            raise DataError(f"{found[stem]}: {tuple(p.shape)}, but the truth {path} is {tuple(g.shape)}. "
-                            "Write predictions at the size of the truth (resize with mode nearest)")
+            raise DataError(f"{found[stem]}: {tuple(p.shape)}, but the truth {path} is "
+                            f"{tuple(g.shape)}. Write predictions at the size of the truth "
+                            "(resize with mode nearest)")
         seen |= set(objects_in(p))
         score.add(g, p)
     more = sorted(seen - score.objects)
@@ -235,12 +237,13 @@ def evaluate_folder(
         result += [{"clip": name} | r for r in score.rows(official)]
     return result
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #29af3cf9
+# %% ../../nbs/3_evaluate/35_judge.ipynb #3854d0c4
 def _wanted(truth, clips, gt):
     "The clips to score; unknown ones are refused."
     unknown = [c for c in clips or () if c not in truth]
     if unknown:
-        raise DataError(f"{gt}: no clip {', '.join(unknown)}; there are {', '.join(list(truth)[:8])}")
+        raise DataError(f"{gt}: no clip {', '.join(unknown)}; "
+                        f"there are {', '.join(list(truth)[:8])}")
     return list(truth if clips is None else clips)
 
 
@@ -249,7 +252,8 @@ def _clip_notes(names, truth, found, missing, pred):
     absent = [n for n in names if n not in found]
     if absent and missing == "error":
         raise DataError(f"{pred}: no masks of {len(absent)} of {len(names)} clips: "
-                        f"{', '.join(absent[:5])}. Predict them, or give missing='empty' or clips=[...]")
+                        f"{', '.join(absent[:5])}. "
+                        "Predict them, or give missing='empty' or clips=[...]")
     return ([f"{pred}: clip {n} has no truth and was not scored" for n in found if n not in truth]
             + [f"{pred}: clip {n} was not predicted and counts as empty" for n in absent])
 

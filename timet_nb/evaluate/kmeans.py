@@ -47,7 +47,7 @@ def _points(x, k, name):
         raise DataError(f"{name}: all {len(x)} points are equal, so k={k} clusters do not exist")
     return x
 
-# %% ../../nbs/3_evaluate/31_kmeans.ipynb #2a69ed31
+# %% ../../nbs/3_evaluate/31_kmeans.ipynb #a9a671b7
 def nearest(
     x: Tensor,           # (M, D) float points
     centres: Tensor,     # (K, D) float centres
@@ -70,7 +70,8 @@ def kmeans(
     "Euclidean k-means by faiss, on one thread and with errors in plain words."
     x = _points(x, k, name)
     with _one_faiss_thread() as faiss:
-        km = faiss.Kmeans(x.shape[1], k, niter=niter, nredo=nredo, seed=seed, min_points_per_centroid=1,
+        km = faiss.Kmeans(x.shape[1], k, niter=niter, nredo=nredo, seed=seed,
+                          min_points_per_centroid=1,
                           max_points_per_centroid=max_points_per_centroid)
         km.train(x.numpy())
         centres = torch.from_numpy(np.array(km.centroids, dtype=np.float32).reshape(k, -1))
@@ -98,7 +99,7 @@ def _between(i, fine, coarse):
     low = at.floor().long()
     return low, (low + 1).clamp(max=coarse - 1), (at - low).float()[:, None]
 
-# %% ../../nbs/3_evaluate/31_kmeans.ipynb #be926637
+# %% ../../nbs/3_evaluate/31_kmeans.ipynb #4366ef88
 def assign_maps(
     z: Tensor,              # (T, D, h, w) float maps
     centres: Tensor,        # (K, D) float centres
@@ -106,7 +107,8 @@ def assign_maps(
 ) -> Tensor:                # (T, H, W) int64
     "Nearest centre of every pixel of the bilinearly upsampled maps."
     score = torch.einsum("tdhw,kd->tkhw", z, centres) - centres.square().sum(1)[:, None, None] / 2
-    return torch.stack([F.interpolate(s[None], size=size, mode="bilinear")[0].max(0).indices for s in score])
+    grown = (F.interpolate(s[None], size=size, mode="bilinear")[0] for s in score)
+    return torch.stack([s.max(0).indices for s in grown])
 
 # %% ../../nbs/3_evaluate/31_kmeans.ipynb #5709d7b4
 def prototype_scores(
@@ -118,8 +120,19 @@ def prototype_scores(
     s = torch.einsum("tdhw,kd->tkhw", F.normalize(features, dim=1), F.normalize(prototypes, dim=1))
     return F.interpolate(s, size=size, mode="bilinear")
 
-# %% ../../nbs/3_evaluate/31_kmeans.ipynb #01cacd6d
+# %% ../../nbs/3_evaluate/31_kmeans.ipynb #180c63e3
 MODES = ("frame", "clip", "dataset")
+
+
+def _check_request(features, k, mode, masks):
+    "What `cluster_maps` was asked for makes sense; the features as a list."
+    if mode not in MODES: raise ConfigError(f"mode={mode!r}; expected one of {', '.join(MODES)}")
+    features = _check_clips(features)
+    if k is None and masks is None:
+        raise ConfigError("k=None counts the labels of masks: give masks, or k")
+    if masks is not None and len(masks) != len(features):
+        raise DataError(f"{len(features)} clips of features but {len(masks)} of masks")
+    return features
 
 
 def _check_clips(features):
@@ -129,10 +142,10 @@ def _check_clips(features):
     for i, f in enumerate(clips):
         if f.ndim != 4 or not f.numel():
             raise DataError(f"features[{i}]: expected (T, D, h, w), got {tuple(f.shape)}")
-        if not f.isfinite().all(): raise DataError(f"features[{i}]: NaN or infinity in the features")
+        if not f.isfinite().all(): raise DataError(f"features[{i}]: NaN or infinity in it")
     return clips
 
-
+# %% ../../nbs/3_evaluate/31_kmeans.ipynb #e63d43c5
 def _reduce(features, pca, shared):
     "Standardise and project; clips of one group in `shared` share one fit."
     if pca is None: return [f.float() for f in features]
@@ -172,22 +185,22 @@ def _count_labels(masks, void_too):
     ids = torch.cat([as_ids(m, "masks").flatten() for m in masks]).unique()
     return max(len(ids) if void_too else int((ids != 255).sum()), 1)
 
-# %% ../../nbs/3_evaluate/31_kmeans.ipynb #3b969d82
-def _cluster_group(maps, k, size, seed, niter, nredo, per, name):
+# %% ../../nbs/3_evaluate/31_kmeans.ipynb #a16903ad
+def _cluster_group(maps, k, size, seed, name, niter=50, nredo=5, max_points_per_centroid=256):
     "k-means over the pixels of some frames, given as (D, h, w) maps that may differ in size."
     sizes = [tuple(size or m.shape[-2:]) for m in maps]
     counts = torch.tensor([h * w for h, w in sizes])
     total, ends = int(counts.sum()), counts.cumsum(0)
     if k > total: raise DataError(f"{name}: k={k} clusters of {total} pixels")
-    wanted = min(total, k * per)
+    wanted = min(total, k * max_points_per_centroid)
     pick = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:wanted]
     points = [upsampled_points(m[None], pick[(pick >= e - n) & (pick < e)] - (e - n), s)
               for m, n, e, s in zip(maps, counts, ends, sizes)]
-    most = max(per, math.ceil(wanted / k))                        # faiss need not subsample again
+    most = max(max_points_per_centroid, math.ceil(wanted / k))    # faiss need not subsample again
     _, centres = kmeans(torch.cat(points), k, seed, niter, nredo, most, name)
     return [assign_maps(m[None], centres, s)[0] for m, s in zip(maps, sizes)]
 
-# %% ../../nbs/3_evaluate/31_kmeans.ipynb #3b5ebfc2
+# %% ../../nbs/3_evaluate/31_kmeans.ipynb #1ef2b9d0
 def cluster_maps(
     features: Sequence[Tensor],     # clips, each (T, D, h, w) float
     k: int | None,                  # clusters; None: as many as `masks` has labels
@@ -196,24 +209,18 @@ def cluster_maps(
     size: tuple[int, int] | None = None,  # (H, W) of the maps; None: the patch grid
     seed: int = 1,                  # of k-means
     masks: Sequence | None = None,  # clips of (T, H, W) ids, for k=None only
-    official: bool = False,         # True: the authors' rules (PCA per batch, 255 counts as a label)
+    official: bool = False,         # True: the authors' rules (PCA per batch, 255 is a label)
     batch: int = 16,                # clips in a batch of the authors' loader (official only)
-    niter: int = 50,                # k-means iterations
-    nredo: int = 5,                 # k-means restarts
-    max_points_per_centroid: int = 256,  # train on at most k times this many pixels
+    **options,                      # niter, nredo, max_points_per_centroid of `kmeans`
 ) -> list[Tensor]:                  # clips, each (T, H, W) int64 cluster ids
     "Cluster the pixels of frames, clips or a whole data set by their features."
-    if mode not in MODES: raise ConfigError(f"mode={mode!r}; expected one of {', '.join(MODES)}")
-    features = _check_clips(features)
-    if k is None and masks is None: raise ConfigError("k=None counts the labels of masks: give masks, or k")
-    if masks is not None and len(masks) != len(features):
-        raise DataError(f"{len(features)} clips of features but {len(masks)} of masks")
+    features = _check_request(features, k, mode, masks)
     reduced = _reduce(features, pca, _shared_fit(len(features), mode, official, batch))
     out = [[] for _ in features]
     for members in _shared_clusters(reduced, mode):
         labels = [masks[c][t] for c, t in members] if k is None else []
         n = k or _count_labels(labels, official and mode != "dataset")
-        maps = _cluster_group([reduced[c][t] for c, t in members], n, size, seed, niter, nredo,
-                              max_points_per_centroid, _title(members, mode))
+        frames = [reduced[c][t] for c, t in members]
+        maps = _cluster_group(frames, n, size, seed, _title(members, mode), **options)
         for (c, _), m in zip(members, maps): out[c].append(m)
     return [torch.stack(m) for m in out]

@@ -9,7 +9,7 @@ __all__ = ['HOW', 'contingency', 'iou_matrix', 'precision_matrix', 'Match', 'mat
            'boundary_f', 'boundary_radius', 'dice', 'disk', 'id_range', 'jf_stats', 'objects_in', 'outline',
            'pair_scores', 'region_j']
 
-# %% ../../nbs/3_evaluate/30_overlap.ipynb #12199cea
+# %% ../../nbs/3_evaluate/30_overlap.ipynb #28e720e0
 from dataclasses import dataclass
 import math
 
@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..base.runtime import ConfigError, DataError
-from timet_nb.evaluate.boundary import (
-    as_ids, as_masks, boundary_f, boundary_radius, dice, disk, id_range, jf_stats, objects_in, outline,
-    pair_scores, region_j)
+from .boundary import (
+    as_ids, as_masks, boundary_f, boundary_radius, dice, disk, id_range, jf_stats, objects_in,
+    outline, pair_scores, region_j)
 
-# %% ../../nbs/3_evaluate/30_overlap.ipynb #e7d67453
-_all_ = ["as_ids", "as_masks", "boundary_f", "boundary_radius", "dice", "disk", "id_range", "jf_stats",
-         "objects_in", "outline", "pair_scores", "region_j"]
+# %% ../../nbs/3_evaluate/30_overlap.ipynb #9890da50
+_all_ = ["as_ids", "as_masks", "boundary_f", "boundary_radius", "dice", "disk", "id_range",
+         "jf_stats", "objects_in", "outline", "pair_scores", "region_j"]
 
 # %% ../../nbs/3_evaluate/30_overlap.ipynb #b143079f
 def contingency(
@@ -107,10 +107,10 @@ class Match:
         each = ", ".join(f"{c}: {v:.3f}" for c, v in zip(self.classes.tolist(), self.iou.tolist()))
         return f"Match(miou={self.miou:.4f}, iou={{{each}}}, clusters={self.n_clusters})"
 
-# %% ../../nbs/3_evaluate/30_overlap.ipynb #2c8ac8c2
+# %% ../../nbs/3_evaluate/30_overlap.ipynb #be521bd6
 def match(
     table: Tensor,                 # (G, P) pixel counts, from `contingency`
-    how: str = "hungarian",        # hungarian | many_to_one (best IoU) | precision | none (ids agree)
+    how: str = "hungarian",        # hungarian | many_to_one (IoU) | precision | none (ids agree)
     background: bool = True,       # False: class 0 does not enter the mean
     unmatched: int | None = 0,     # class of clusters that Hungarian leaves over; None: no class
     n_classes: int | None = None,  # fixed divisor: mean over 0..n-1, absent classes score 0

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..base.runtime import ConfigError, DataError
 from .overlap import as_ids
 
-# %% ../../nbs/3_evaluate/33_retrieve.ipynb #1f379d35
+# %% ../../nbs/3_evaluate/33_retrieve.ipynb #771c011f
 def patch_labels(
     masks,                     # (B, H, W) integer class ids, 0..C-1; `ignore` = unknown
     grid: tuple[int, int],     # (h, w) patches; H and W are multiples
@@ -27,15 +27,19 @@ def patch_labels(
     "How much of each class every patch holds."
     masks = as_ids(masks, "masks")
     (B, H, W), (h, w) = masks.shape, grid
-    if H % h or W % w: raise DataError(f"masks of {H} x {W} pixels do not split into {h} x {w} equal patches")
+    if H % h or W % w: raise DataError(
+        f"masks of {H} x {W} pixels do not split into {h} x {w} equal patches")
     if ignore is not None: masks = torch.where(masks == ignore, 0, masks)
     if masks.numel() and not 0 <= int(masks.min()) <= int(masks.max()) < n_classes:
-        raise DataError(f"masks hold ids {int(masks.min())}..{int(masks.max())}, expected 0..{n_classes - 1}")
-    cell = torch.arange(B * h * w).reshape(B, h, 1, w, 1).expand(B, h, H // h, w, W // w).reshape(B, H, W)
-    counts = torch.bincount((cell * n_classes + masks.cpu()).flatten(), minlength=B * h * w * n_classes)
+        raise DataError(
+            f"masks hold ids {int(masks.min())}..{int(masks.max())}, expected 0..{n_classes - 1}")
+    cell = torch.arange(B * h * w).reshape(B, h, 1, w, 1).expand(B, h, H // h, w,
+                                                                 W // w).reshape(B, H, W)
+    counts = torch.bincount((cell * n_classes + masks.cpu()).flatten(),
+                            minlength=B * h * w * n_classes)
     return counts.reshape(B, h, w, n_classes).float() / (H // h * (W // w))
 
-# %% ../../nbs/3_evaluate/33_retrieve.ipynb #316a9e40
+# %% ../../nbs/3_evaluate/33_retrieve.ipynb #6d01064f
 def nearest_patches(
     queries: Tensor,      # (Q, D) float; their length does not matter
     memory: Tensor,       # (M, D) float rows of length 1
@@ -43,7 +47,8 @@ def nearest_patches(
     chunk: int = 65536,   # memory rows at once: bounds what is held beside the memory
 ) -> tuple[Tensor, Tensor]:  # (Q, k) float cosine, (Q, k) int64 row; best first
     "The `k` rows of the memory with the greatest cosine to every query."
-    if not 1 <= k <= len(memory): raise ConfigError(f"k={k} neighbours of a memory of {len(memory)} patches")
+    if not 1 <= k <= len(memory): raise ConfigError(
+        f"k={k} neighbours of a memory of {len(memory)} patches")
     q = F.normalize(queries, dim=1)
     best, row = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
     for start in range(0, len(memory), chunk):
@@ -63,7 +68,7 @@ def blend_labels(
     "Average the neighbours' labels, the near ones counting more."
     return ((cosine / beta).softmax(1)[..., None] * labels).sum(1)
 
-# %% ../../nbs/3_evaluate/33_retrieve.ipynb #2a5211d8
+# %% ../../nbs/3_evaluate/33_retrieve.ipynb #6946e60b
 def rare_patches(
     labels: Tensor,     # (N, C) float class shares of the patches of one picture
     n: int,             # how many patches to keep
@@ -72,10 +77,10 @@ def rare_patches(
     "Choose patches for a bounded memory: those of rare classes are likelier."
     if not 1 <= n <= len(labels): raise ConfigError(f"n={n} patches of {len(labels)}")
     has = labels > 0
-    score = (has * has.sum(0)).sum(1).to(torch.float32)          # patches that share a class with this one
+    score = (has * has.sum(0)).sum(1).to(torch.float32)   # patches that share a class with this one
     return (score * torch.rand(len(labels), generator=generator)).topk(n, largest=False).indices
 
-# %% ../../nbs/3_evaluate/33_retrieve.ipynb #aa949ab1
+# %% ../../nbs/3_evaluate/33_retrieve.ipynb #b54b973e
 class Memory:
     "Labelled patches that can be asked."
     def __init__(
@@ -112,7 +117,8 @@ class Memory:
     ) -> Tensor:           # (B, C, h, w) float label of each patch
         "Ask the memory for the label of every patch."
         if not self.rows: raise DataError("the memory is empty: add labelled pictures first")
-        if len(self.rows) > 1: self.rows, self.labels = [torch.cat(self.rows)], [torch.cat(self.labels)]
+        if len(self.rows) > 1:
+            self.rows, self.labels = [torch.cat(self.rows)], [torch.cat(self.labels)]
         B, D, h, w = features.shape
         q = features.flatten(2).transpose(1, 2).reshape(-1, D).float().cpu()
         cosine, at = nearest_patches(q, self.rows[0], min(self.k, len(self)))

@@ -8,11 +8,12 @@ Docs: https://timet-nb.github.io/timet_nb/3_evaluate/track.html.md"""
 __all__ = ['network_size', 'Tracker', 'track', 'evaluate_tracking', 'NUMBERS', 'TrackRows', 'TrackScore', 'accumulated_iou',
            'evaluate_folder', 'score_track', 'write_tracks']
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #ee2ee3ac
+# %% ../../nbs/3_evaluate/35_track.ipynb #3787c3af
 from collections.abc import Iterator
 import math
 from pathlib import Path
 
+from fastcore.basics import patch
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,10 +25,11 @@ from .judge import (
     NUMBERS, TrackRows, TrackScore, accumulated_iou, evaluate_folder, score_track, write_tracks)
 from ..features.propagate import Propagator, ids_to_grid
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #a217490f
-_all_ = ["NUMBERS", "TrackRows", "TrackScore", "accumulated_iou", "evaluate_folder", "score_track", "write_tracks"]
+# %% ../../nbs/3_evaluate/35_track.ipynb #430b22e2
+_all_ = ["NUMBERS", "TrackRows", "TrackScore", "accumulated_iou", "evaluate_folder", "score_track",
+         "write_tracks"]
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #486c3952
+# %% ../../nbs/3_evaluate/35_track.ipynb #dc5eac70
 def network_size(
     height: int,       # of the video in pixels
     width: int,        # of the video in pixels
@@ -39,15 +41,18 @@ def network_size(
     elif isinstance(size, int): h, w = (x * size / min(height, width) for x in (height, width))
     else: h, w = size
     if min(h, w) < patch:
-        raise ConfigError(f"size={size}: {h:g} x {w:g} pixels is less than one patch of {patch} pixels")
+        raise ConfigError(f"size={size}: {h:g} x {w:g} pixels is less than one patch of {patch}")
     return tuple(math.floor(x / patch + .5) * patch for x in (h, w))
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #77b99a47
+# %% ../../nbs/3_evaluate/35_track.ipynb #8cce8da6
 def _first_mask(mask):
     "The first mask as (H, W) ids."
     mask = as_ids(mask, "the first mask").cpu()
     if mask.ndim != 2:
         raise DataError(f"the first mask has shape {tuple(mask.shape)}; expected (H, W) ids")
+    if not objects_in(mask):
+        raise DataError("the first mask holds no object: every pixel is 0 or 255. "
+                        "Give a frame in which the object can be seen")
     return mask
 
 
@@ -69,9 +74,10 @@ def _number(mask, names):
 
 def _grow(soft, size):
     "Most likely class of every pixel: (K, h, w) -> (H, W) on the CPU."
-    return F.interpolate(soft[None].float(), size=tuple(size), mode="bilinear")[0].max(0).indices.cpu()
+    grown = F.interpolate(soft[None].float(), size=tuple(size), mode="bilinear")[0]
+    return grown.max(0).indices.cpu()
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #27f68fd9
+# %% ../../nbs/3_evaluate/35_track.ipynb #f4f36d9b
 class Tracker:
     "Carries the objects of one mask through a stream, one frame at a time."
     def __init__(
@@ -89,41 +95,43 @@ class Tracker:
         chunk: int | None = None,  # target patches at once; None: by memory
     ):
         self.mask = _first_mask(mask)
-        ids = objects_in(self.mask)
-        if not ids: raise DataError("the first mask holds no object: every pixel is 0 or 255. "
-                                    "Give a frame in which the object can be seen")
-        self.names = torch.tensor([0, *ids])                 # class k of the grid is object names[k]
+        self.names = torch.tensor([0, *objects_in(self.mask)])   # class k of the grid is names[k]
         self.backbone, self.block, self.norm = backbone, block, norm
         self.size = network_size(*_frame(frame).shape[-2:], backbone.patch, size)
         f = self._tokens(frame)
         labels = ids_to_grid(_number(self.mask, self.names), len(self.names), tuple(f.shape[-2:]))
         self.state = Propagator(labels.to(f.device), f, n_last, topk, radius, temperature, chunk)
 
-    @torch.no_grad()
-    def _tokens(self, frame):
-        "Feature map (D, h, w) of one frame."
-        x = resize(_frame(frame), self.size)[None].to(next(self.backbone.parameters()).device)
-        return self.backbone.tokens(x, block=self.block, norm=self.norm)[0].float()
+# %% ../../nbs/3_evaluate/35_track.ipynb #96828986
+@patch
+@torch.no_grad()
+def _tokens(self: Tracker, frame):
+    "Feature map (D, h, w) of one frame."
+    x = resize(_frame(frame), self.size)[None].to(next(self.backbone.parameters()).device)
+    return self.backbone.tokens(x, block=self.block, norm=self.norm)[0].float()
 
-    def step(
-        self,
-        frame: Tensor,  # (3, H, W) RGB in [0, 1]: the next frame
-    ) -> Tensor:        # (H, W) int64 ids, of the size of the first mask
-        "Find the objects in the next frame."
-        soft = self.state.step(self._tokens(frame))
-        return self.names[_grow(soft, self.mask.shape)]
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #a2f48cc7
+@patch
+def step(
+    self: Tracker,
+    frame: Tensor,  # (3, H, W) RGB in [0, 1]: the next frame
+) -> Tensor:        # (H, W) int64 ids, of the size of the first mask
+    "Find the objects in the next frame."
+    soft = self.state.step(self._tokens(frame))
+    return self.names[_grow(soft, self.mask.shape)]
+
+# %% ../../nbs/3_evaluate/35_track.ipynb #22967582
 def track(
     backbone,       # a Backbone
-    source,         # frames in order: (T, 3, H, W), an iterable of (3, H, W), a ClipReader, or a Clip
+    source,         # frames: (T, 3, H, W), an iterable of (3, H, W), a ClipReader, or a Clip
     first_mask,     # (H, W) integer ids of frame 0
     size: int | tuple[int, int] | None = None,  # what the backbone sees, see `network_size`
     step: int = 1,  # use every `step`-th frame of a Clip
     **options,      # n_last, topk, radius, temperature, block, norm, chunk of `Tracker`
 ) -> Iterator[Tensor]:  # (H, W) int64 ids of every frame, the given mask first
     "Carry the objects of the first frame through a video; memory does not grow with its length."
-    if all(hasattr(source, a) for a in ("frames", "masks", "video")): source = ClipReader(source, step=step)
+    is_clip = all(hasattr(source, a) for a in ("frames", "masks", "video"))
+    if is_clip: source = ClipReader(source, step=step)
     tracker = None
     for item in source:
         frame = item[0] if isinstance(item, tuple) else item
@@ -132,7 +140,7 @@ def track(
         yield torch.where(tracker.mask == 255, 0, tracker.mask)
     if tracker is None: raise DataError("the source gave no frame")
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #e0d227cb
+# %% ../../nbs/3_evaluate/35_track.ipynb #fb6f79a1
 def evaluate_tracking(
     backbone,                   # a Backbone
     layout,                     # a Layout (or list of Clips) with masks
@@ -147,17 +155,19 @@ def evaluate_tracking(
     rows = TrackRows()
     for clip in progress(list(layout), desc="track"):
         if not clip.masks or clip.masks[0] is None:
-            rows.notes.append(f"clip {clip.name}: no mask of its first frame, not tracked"); continue
+            rows.notes.append(f"clip {clip.name}: no mask of its first frame, not tracked")
+            continue
         score = TrackScore(skip_ends)
         for n, (gt, pred) in enumerate(_track_clip(backbone, clip, size, step, frames, options)):
             if gt is not None: score.add(gt, pred)
             stem = clip.frames[n * step].stem if clip.frames else f"{n * step:05d}"
             if out is not None: write_tracks([pred], Path(out) / clip.name, [stem])
         rows += [{"clip": clip.name} | r for r in score.rows()]
-    if not rows: raise DataError(f"no clip could be tracked: {'; '.join(rows.notes[:3]) or 'no clips given'}")
+    if not rows:
+        raise DataError(f"no clip could be tracked: {'; '.join(rows.notes[:3]) or 'none given'}")
     return rows
 
-
+# %% ../../nbs/3_evaluate/35_track.ipynb #2076db1c
 def _track_clip(backbone, clip, size, step, frames, options):
     "(truth or None, prediction) of each frame of a clip."
     tracker = None

@@ -272,14 +272,14 @@ def _table_pixels(state):
     raise CheckpointError(explain("position table", f"{rows} patch rows", "a square grid",
                                   "give the image size: img_size=(H, W)"))
 
-# %% ../../nbs/2_features/21_backbone.ipynb #a0193dca
+# %% ../../nbs/2_features/21_backbone.ipynb #124cefa6
 def create_backbone(
     name: str | Path = "dinov2-s14-imgfocus",  # our name, a timm ViT, one of CNNS, or a file
     path: str | Path | None = None,    # weights file for the architecture `name`
     depth: int | None = None,          # keep the first `depth` blocks only
     pretrained: bool = True,           # False: random weights of that architecture
     resize: str | None = None,         # one of POSITION_RULES; None: the file's own, else "bicubic"
-    norm: str | None = None,           # "final", "plain" or "none"; None: as in the file, else "final"
+    norm: str | None = None,           # "final", "plain", "none"; None: as in the file, else "final"
     seed: int = 0,                     # seed of random weights
     img_size: int | tuple | None = None,  # pixels of the position table; None: as in the file
     normalise: str | tuple = "model",  # "model", a key of NORMALISE ("timet": .228), or (mean, std)
@@ -292,8 +292,8 @@ def create_backbone(
 ):                                     # Backbone, or CnnBackbone for a CNN; in eval mode
     "Build a backbone by name or from a file, with weights that were checked."
     if str(name) in CNNS:
-        cnn = create_cnn(str(name), path, pretrained, seed, normalise, on_size, min_fraction, **options)
-        return cnn.to(device).eval()
+        some = dict(seed=seed, normalise=normalise, on_size=on_size, min_fraction=min_fraction)
+        return create_cnn(str(name), path, pretrained, **some, **options).to(device).eval()
     state, info = _find_state(name, path, pretrained, layout, network)
     arch = _arch_of(str(name), state, info, img_size)
     vit = _build(arch["model"], arch["kwargs"], seed)
@@ -313,12 +313,11 @@ def _dress(vit, name, arch, info, resize, norm, normalise, **options):
     made.prototypes = info.get("prototypes")
     return made
 
-# %% ../../nbs/2_features/21_backbone.ipynb #071d6e56
+# %% ../../nbs/2_features/21_backbone.ipynb #3e7cd1a0
 def _find_state(name, path, pretrained, layout, network):
     "Weights and where they came from; (None, {}) for random ones."
-    if path is not None: return weights_for(path, layout, network)
-    if not pretrained or str(name) in RANDOM: return None, {}
-    return weights_for(name, layout, network)
+    if path is None and (not pretrained or str(name) in RANDOM): return None, {}
+    return weights_for(path or name, layout, network)
 
 def _arch_of(name, state, info, img_size):
     "Timm model and kwargs: by name, or where the name is a file, from its header or its shapes."

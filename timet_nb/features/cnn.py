@@ -58,7 +58,7 @@ def tokens(
     size = maps[0].shape[2:]
     return torch.cat([F.interpolate(m, size, mode="bilinear") for m in maps], dim=1)
 
-# %% ../../nbs/2_features/21_cnn.ipynb #6659bd6e
+# %% ../../nbs/2_features/21_cnn.ipynb #8436093f
 @patch
 def forward(
     self: CnnBackbone,
@@ -80,9 +80,10 @@ def fingerprint(self: CnnBackbone) -> str:  # 64 hex digits
     "Hash the weights and every setting that changes the features."
     settings = (self.strides, self.balance, self.on_size, str(self.dtype), self.mean.tolist(),
                 self.std.tolist())
-    return hashlib.sha256((fingerprint(self.cnn.state_dict()) + repr(settings)).encode()).hexdigest()
+    text = fingerprint(self.cnn.state_dict()) + repr(settings)
+    return hashlib.sha256(text.encode()).hexdigest()
 
-# %% ../../nbs/2_features/21_cnn.ipynb #fa2e058e
+# %% ../../nbs/2_features/21_cnn.ipynb #72b307f2
 def create_cnn(
     name: str,                         # "efficientnet-lite0-imagenet"
     path: str | Path | None = None,    # weights file; None: the pip-shipped ones
@@ -103,8 +104,9 @@ def create_cnn(
     made.note = SHIPPED[name].note if pretrained else ""
     return made
 
+# %% ../../nbs/2_features/21_cnn.ipynb #604607f7
 def _features_of(strides, seed):
-    "A timm CNN that returns the maps of these strides, its strides in order, and how to rebuild it."
+    "A timm CNN that returns the maps of these strides, the strides in order, and its arch."
     known = (2, 4, 8, 16, 32)
     strides = tuple(sorted({int(s) for s in strides}))
     if not strides or not set(strides) <= set(known):

@@ -135,7 +135,7 @@ class ImageInput(nn.Module):
         for n, v in zip(("mean", "std"), _constants(normalise, cfg or {})):
             self.register_buffer(n, v, persistent=False)
 
-# %% ../../nbs/2_features/21_inputs.ipynb #7a8c830d
+# %% ../../nbs/2_features/21_inputs.ipynb #261b14f4
 @patch(as_prop=True)
 def device(self: ImageInput) -> torch.device:
     "Where the weights are."
@@ -146,6 +146,7 @@ def dtype(self: ImageInput) -> torch.dtype:
     "Type of the weights."
     return next(self.parameters()).dtype
 
+# %% ../../nbs/2_features/21_inputs.ipynb #c6a098a8
 @patch
 def fit_size(
     self: ImageInput,

@@ -33,10 +33,10 @@ def sinkhorn(
     total = reduce if reduce and joint else lambda t: t
     return _scale(groups, epsilon, iterations, total).reshape(x.shape).to(x.dtype)
 
-# %% ../../nbs/4_timet/40_assign.ipynb #0c3e313c
+# %% ../../nbs/4_timet/40_assign.ipynb #70db8bac
 def _scale(x, epsilon, iterations, total):
     "Sinkhorn by scaling vectors on (G, R, K): the matrix is made once, then only read."
-    (G, R, K), high = x.shape, x.amax(-1)                           # (G, R): best of each row
+    (G, _, K), high = x.shape, x.amax(-1)                           # (G, R): best of each row
     dtype, rows, middle = _facts(x, high, epsilon, total)
     x, high, tiny = x.to(dtype), high.to(dtype), torch.finfo(dtype).tiny ** .75
     M = (x - high[..., None]).mul_(1 / epsilon).exp_()              # a row's largest entry is 1

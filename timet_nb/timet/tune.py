@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/4_timet/tune.html.md"""
 __all__ = ['thin', 'fixed_views', 'TokenBank', 'start_prototypes', 'TuneResult', 'time_tune', 'save_tuned', 'load_tuned',
            'load_official', 'TimeT', 'TimeTConfig']
 
-# %% ../../nbs/4_timet/42_tune.ipynb #b08a308d
+# %% ../../nbs/4_timet/42_tune.ipynb #e549d65a
 import math, random, time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,8 @@ from ..data.frames import count_frames, read_clip
 from ..data.layout import Layout, find_layout
 from ..features.backbone import create_backbone
 from ..features.weights import load_header, load_state, save_state
-from .model import TimeT, TimeTConfig
+from .config import TimeTConfig
+from .model import TimeT
 _all_ = ["TimeT", "TimeTConfig"]          # to be had from here too
 
 # %% ../../nbs/4_timet/42_tune.ipynb #7c2b3230
@@ -151,7 +152,7 @@ def start_prototypes(
     if model.teacher is not None:
         model.teacher.tensors()["prototypes.weight"].copy_(model.prototypes.weight)
 
-# %% ../../nbs/4_timet/42_tune.ipynb #2ac0c1a0
+# %% ../../nbs/4_timet/42_tune.ipynb #7d735a41
 @dataclass
 class TuneResult:
     "What time-tuning gives back."
@@ -163,7 +164,9 @@ class TuneResult:
     bank: TokenBank | None = field(default=None, repr=False)   # for a second run on the same clips
 
     @property
-    def backbone(self): return self.model.backbone
+    def backbone(self):
+        "The tuned ViT."
+        return self.model.backbone
     def _repr_markdown_(self): return self.fit._repr_markdown_()
 
 # %% ../../nbs/4_timet/42_tune.ipynb #d3097e43
