@@ -71,11 +71,11 @@ def test_resize_is_within_a_level_of_pillow(tmp_path, mode, filter, levels):
 
 
 def test_reduced_decode_is_close_and_can_be_switched_off(tmp_path):
-    p = save(tmp_path / "a.jpg", photo(480, 854), quality=92)
+    p = write_image(tmp_path / "a.jpg", ball_scene(.3, 480, 854)[0])
     for size in (112, 60, (50, 100)):
         quick, exact = read_image(p, size), read_image(p, size, exact=True)
         assert quick.shape == exact.shape and not torch.equal(quick, exact)
-        assert (quick - exact).abs().mean() * 255 < 4          # a harsh texture; about 0.5 on a smooth scene
+        assert (quick - exact).abs().mean() * 255 < 2          # 0.5 to 1.5 on the DAVIS clips
     want = pil(p, 112).float() / 255
     assert (read_image(p, 112, exact=True) - want).abs().max() * 255 <= 1.01
 

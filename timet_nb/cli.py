@@ -171,13 +171,14 @@ def run_notebook(
     if failed: raise NotebookFailed(f"{path.name}, {failed}", target)
     return out
 
-# %% ../nbs/99_cli.ipynb #fd7fd9f4
+# %% ../nbs/99_cli.ipynb #aaaa3c74
 def _write_summary(out, path, given, threads, figures, failed):
     "Leave `run.json` in the folder of a run: what was run, with what, on what."
     from timet_nb.base.record import write_json
     from timet_nb.base.runtime import environment
     shown = {k: v for k, v in given.items() if k != "out"}
-    about = dict(notebook=path.name, parameters=shown, threads=threads, figures=figures, failed=failed)
+    about = dict(notebook=path.name, parameters=shown, threads=threads, figures=figures,
+                 failed=failed)
     write_json(out / "run.json", dict(about, environment=environment()))
 
 # %% ../nbs/99_cli.ipynb #ee482b84
@@ -260,7 +261,7 @@ def look(
     print(layout.describe())
     for note in layout.notes: print(f"note: {note}")
 
-# %% ../nbs/99_cli.ipynb #5c388b2a
+# %% ../nbs/99_cli.ipynb #07b7ba08
 @command
 def tune(
     source: str,                              # folder of clips in a known layout, or a video file
@@ -270,13 +271,13 @@ def tune(
     steps: int = 0,                           # optimiser steps; 0: the preset's
     device: str = "auto",                     # auto, cpu, cuda, cuda:1
     seed: int = 0,                            # of sampling, augmentation and initialisation
-    set_: str = "",                           # other settings of TimeTConfig, as name=value,name=value
+    settings: str = "",                       # other settings of TimeTConfig, as name=value,name=value
 ):
     "Time-tune a backbone on unlabelled video (TimeT); stops and resumes where it was."
     from timet_nb.timet.tune import TimeTConfig, time_tune
     if preset not in ("mini", "paper", "official"):
         raise ConfigError(f"preset is mini, paper or official, got {preset!r}")
-    config = with_settings(getattr(TimeTConfig, preset)(), set_)
+    config = with_settings(getattr(TimeTConfig, preset)(), settings)
     if steps: config = with_settings(config, steps=steps)
     result = time_tune(source, config, backbone=backbone, out=out, device=device, seed=seed)
     first, last = result.history[0]["loss"], result.history[-1]["loss"]
@@ -350,7 +351,7 @@ def eval_(
         if name != "clip": record(name, value, out=out, **about)
     print(f"written: {Path(out) / 'metrics.jsonl'}")
 
-# %% ../nbs/99_cli.ipynb #f9e8fa6f
+# %% ../nbs/99_cli.ipynb #253107ea
 def run(
     argv: list[str],   # words after `timet run`: a name, our own flags, and the notebook's parameters
 ) -> Path:             # the folder of the run
@@ -369,7 +370,8 @@ def run(
             if not rest: raise ConfigError(f"--{key} needs a value")
             value = rest.pop(0)
         given[key.replace("-", "_")] = value
-    own = {k: (str if k == "out" else int)(given.pop(k)) for k in ("threads", "timeout", "out") if k in given}
+    own = {k: (str if k == "out" else int)(given.pop(k)) for k in ("threads", "timeout", "out")
+           if k in given}
     for k in ("data", "video", "mask"):
         if given.get(k) and Path(given[k]).exists(): given[k] = str(Path(given[k]).resolve())
     folder = run_notebook(name, given, **own)
@@ -389,7 +391,7 @@ def _tell(folder):
     for pattern, what in names.items():
         for p in sorted(folder.glob(pattern)): print(f"{what:18} {os.path.relpath(p)}")
 
-# %% ../nbs/99_cli.ipynb #47137722
+# %% ../nbs/99_cli.ipynb #f7ab2ed1
 def _overview():
     verbs = [*COMMANDS.items(), ("run", run)]
     lines = [f"  {k:10} {inspect.getdoc(f).splitlines()[0]}" for k, f in verbs]
@@ -408,7 +410,8 @@ def main(
         near = get_close_matches(argv[0], [*COMMANDS, "run"], 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise SystemExit(f"timet: no verb {argv[0]!r}{hint}\n{_overview()}")
-    try: run(argv[1:]) if argv[0] == "run" else call(COMMANDS[argv[0]], argv[1:], f"timet {argv[0]}")
+    try: run(argv[1:]) if argv[0] == "run" else call(COMMANDS[argv[0]], argv[1:],
+                                                     f"timet {argv[0]}")
     except NotebookFailed as e:
         raise SystemExit(f"timet run: {e}\nexecuted copy: {os.path.relpath(e.notebook)}") from None
     except (DataError, ConfigError, ValueError, FileNotFoundError) as e:

@@ -81,7 +81,7 @@ def _capture(path):
     cap.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
     return cap
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #7e4ed88a
+# %% ../../nbs/1_data/11_decode_video.ipynb #6026a8af
 COUNTED = (".mp4", ".mov", ".m4v", ".avi")   # files that store how many frames they have
 FORGIVEN = 2                                 # frames that they may lack at the end, with a note
 
@@ -100,7 +100,7 @@ class VideoReader:
         span = start >= 0 and step >= 1 and (stop is None or stop > start)
         if not span or on_count not in ("raise", "note"):
             got = f"start={start}, stop={stop}, step={step}, {on_count!r}"
-            raise fault(f"VideoReader({path})", got, "0 <= start < stop, 1 <= step, 'raise' | 'note'")
+            raise fault(f"VideoReader({path})", got, "0 <= start < stop, step >= 1, raise or note")
         self.path, self.size, self.start, self.stop, self.step = Path(path), size, start, stop, step
         self.dtype, self.on_count, self.notes, self.decoded = dtype, on_count, [], 0
         self._look()

@@ -79,7 +79,7 @@ def _frames(self: ClipReader):
     except DataError as e: yield i, video.path, e
     self.notes += [n for n in video.notes if n not in self.notes]
 
-# %% ../../nbs/1_data/11_frames.ipynb #5c7a08aa
+# %% ../../nbs/1_data/11_frames.ipynb #c7ca5be3
 @patch
 def _mask(self: ClipReader, i, frame):
     "The mask of frame `i` at the frame's size, or None."
@@ -97,6 +97,7 @@ def _mask(self: ClipReader, i, frame):
                     "take frames and masks of one resolution")
     return resize_mask(mask, tuple(frame.shape[-2:]))
 
+# %% ../../nbs/1_data/11_frames.ipynb #b22ba3de
 @patch
 def _pair(self: ClipReader, i, path, frame):
     "The frame with its mask, both checked."

@@ -168,7 +168,7 @@ def cluster_report(
     mean = {k: _nanmean([r[k] for r in rows]) for k in REPORT}
     return {"mean": mean, "clips": rows, "skipped": skipped}
 
-# %% ../../nbs/3_evaluate/31_cluster.ipynb #630be53c
+# %% ../../nbs/3_evaluate/31_cluster.ipynb #5460c058
 def evaluate_clustering(
     backbone,                     # a Backbone: images in [0, 1] -> (B, D, h, w)
     layout,                       # a Layout (or Clips) with masks
@@ -192,9 +192,8 @@ def evaluate_clustering(
         f, m = _clip_features(backbone, clip, frames, size, side, rng, batch)
         names.append(clip.name); feats.append(f); masks.append(m)
     maps = cluster_maps(feats, k, mode, pca, (side, side), seed, masks, official)
-    result = score_maps(masks, maps, mode, how, background, official=official)
-    return dict(miou=result.miou, mode=mode, k=k, how=how, clips=names, score=result, maps=maps,
-                masks=masks)
+    r = score_maps(masks, maps, mode, how, background, official=official)
+    return dict(miou=r.miou, mode=mode, k=k, how=how, clips=names, score=r, maps=maps, masks=masks)
 
 # %% ../../nbs/3_evaluate/31_cluster.ipynb #9a312305
 def _clip_features(backbone, clip, frames, size, side, rng, batch):

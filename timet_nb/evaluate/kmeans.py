@@ -47,7 +47,7 @@ def _points(x, k, name):
         raise DataError(f"{name}: all {len(x)} points are equal, so k={k} clusters do not exist")
     return x
 
-# %% ../../nbs/3_evaluate/31_kmeans.ipynb #a9a671b7
+# %% ../../nbs/3_evaluate/31_kmeans.ipynb #08ad27db
 def nearest(
     x: Tensor,           # (M, D) float points
     centres: Tensor,     # (K, D) float centres
@@ -57,7 +57,7 @@ def nearest(
     half = centres.square().sum(1) / 2
     return torch.cat([torch.addmm(-half, p, centres.T).argmax(1) for p in x.split(chunk)])
 
-
+# %% ../../nbs/3_evaluate/31_kmeans.ipynb #1c9378ce
 def kmeans(
     x,                                   # (M, D) float points
     k: int,                              # clusters
@@ -200,7 +200,7 @@ def _cluster_group(maps, k, size, seed, name, niter=50, nredo=5, max_points_per_
     _, centres = kmeans(torch.cat(points), k, seed, niter, nredo, most, name)
     return [assign_maps(m[None], centres, s)[0] for m, s in zip(maps, sizes)]
 
-# %% ../../nbs/3_evaluate/31_kmeans.ipynb #1ef2b9d0
+# %% ../../nbs/3_evaluate/31_kmeans.ipynb #7183feec
 def cluster_maps(
     features: Sequence[Tensor],     # clips, each (T, D, h, w) float
     k: int | None,                  # clusters; None: as many as `masks` has labels
@@ -216,11 +216,11 @@ def cluster_maps(
     "Cluster the pixels of frames, clips or a whole data set by their features."
     features = _check_request(features, k, mode, masks)
     reduced = _reduce(features, pca, _shared_fit(len(features), mode, official, batch))
-    out = [[] for _ in features]
+    out = [[] for _ in reduced]
     for members in _shared_clusters(reduced, mode):
         labels = [masks[c][t] for c, t in members] if k is None else []
         n = k or _count_labels(labels, official and mode != "dataset")
-        frames = [reduced[c][t] for c, t in members]
-        maps = _cluster_group(frames, n, size, seed, _title(members, mode), **options)
+        zs = [reduced[c][t] for c, t in members]
+        maps = _cluster_group(zs, n, size, seed, _title(members, mode), **options)
         for (c, _), m in zip(members, maps): out[c].append(m)
     return [torch.stack(m) for m in out]

@@ -7,14 +7,14 @@ Docs: https://timet-nb.github.io/timet_nb/3_evaluate/retrieve.html.md"""
 # %% auto #0
 __all__ = ['patch_labels', 'nearest_patches', 'blend_labels', 'rare_patches', 'Memory']
 
-# %% ../../nbs/3_evaluate/33_retrieve.ipynb #0ad8e6e1
+# %% ../../nbs/3_evaluate/33_retrieve.ipynb #fdc1fb5e
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..base.runtime import ConfigError, DataError
+from ..base.runtime import ConfigError, DataError, expect
 from .overlap import as_ids
 
 # %% ../../nbs/3_evaluate/33_retrieve.ipynb #771c011f
@@ -80,7 +80,7 @@ def rare_patches(
     score = (has * has.sum(0)).sum(1).to(torch.float32)   # patches that share a class with this one
     return (score * torch.rand(len(labels), generator=generator)).topk(n, largest=False).indices
 
-# %% ../../nbs/3_evaluate/33_retrieve.ipynb #b54b973e
+# %% ../../nbs/3_evaluate/33_retrieve.ipynb #67b87fdb
 class Memory:
     "Labelled patches that can be asked."
     def __init__(
@@ -101,6 +101,7 @@ class Memory:
         masks,             # (B, H, W) integer class ids; 255 counts as class 0
     ) -> None:
         "Remember the patches of some pictures."
+        features = expect(features, "B D h w", name="features", dtype="float")
         labels = patch_labels(masks, tuple(features.shape[-2:]), self.n_classes).flatten(1, 2)
         rows = F.normalize(features.flatten(2).transpose(1, 2).float(), dim=2).cpu()
         for r, l in zip(rows, labels):

@@ -272,14 +272,14 @@ def _table_pixels(state):
     raise CheckpointError(explain("position table", f"{rows} patch rows", "a square grid",
                                   "give the image size: img_size=(H, W)"))
 
-# %% ../../nbs/2_features/21_backbone.ipynb #124cefa6
+# %% ../../nbs/2_features/21_backbone.ipynb #e5ae1093
 def create_backbone(
     name: str | Path = "dinov2-s14-imgfocus",  # our name, a timm ViT, one of CNNS, or a file
     path: str | Path | None = None,    # weights file for the architecture `name`
     depth: int | None = None,          # keep the first `depth` blocks only
     pretrained: bool = True,           # False: random weights of that architecture
     resize: str | None = None,         # one of POSITION_RULES; None: the file's own, else "bicubic"
-    norm: str | None = None,           # "final", "plain", "none"; None: as in the file, else "final"
+    norm: str | None = None,           # "final", "plain", "none"; None: as in the file or "final"
     seed: int = 0,                     # seed of random weights
     img_size: int | tuple | None = None,  # pixels of the position table; None: as in the file
     normalise: str | tuple = "model",  # "model", a key of NORMALISE ("timet": .228), or (mean, std)

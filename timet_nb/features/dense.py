@@ -352,7 +352,7 @@ def _fill(entry, item, how):
         done = entry.resume(first.nbytes)
     return entry.write(_compute(item, how, numbers, done), numbers, notes)
 
-# %% ../../nbs/2_features/22_dense.ipynb #93e1d48b
+# %% ../../nbs/2_features/22_dense.ipynb #1080cc19
 def extract(
     backbone,                          # a Backbone or CnnBackbone
     source,                            # Layout, Clip, Clips, (T, 3, H, W) tensor, or {name: tensor}
@@ -376,5 +376,5 @@ def extract(
     for item in progress(items, desc):
         if folder: key = cache_key(item.content(), size=item.size, **settings)
         array, numbers, new = _cached(item, how, folder, key) if key else _in_memory(item, how)
-        got.arrays[item.name], got.frames[item.name], got.computed = array, numbers, got.computed + new
+        got.arrays[item.name], got.frames[item.name] = array, numbers; got.computed += new
     return got
