@@ -131,10 +131,13 @@ def _save_html(nb, path):
     body, _ = HTMLExporter(template_name="lab", embed_images=True).from_notebook_node(nb)
     path.write_text(body, encoding="utf-8")
 
-# %% ../nbs/99_cli.ipynb #ff3cdaa2
+# %% ../nbs/99_cli.ipynb #3762bb7d
 class NotebookFailed(RuntimeError):
     "A cell raised; `.notebook` is the executed copy that shows where."
-    def __init__(self, message, notebook): super().__init__(message); self.notebook = notebook
+    def __init__(self,
+        message: str,      # which cell, which error
+        notebook: Path,    # the executed copy
+    ): super().__init__(message); self.notebook = notebook
 
 # %% ../nbs/99_cli.ipynb #e3a5cb71
 def run_notebook(

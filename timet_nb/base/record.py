@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/0_base/record.html.md"""
 # %% auto #0
 __all__ = ['MIME', 'plain', 'append_line', 'record', 'write_json', 'read_json', 'Rows', 'collect', 'summarise', 'Table', 'table']
 
-# %% ../../nbs/0_base/02_record.ipynb #faa4fe81
+# %% ../../nbs/0_base/02_record.ipynb #14ed5991
 import json, math, os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .runtime import DataError, atomic_write, explain
+from .runtime import DataError, as_path, atomic_write, explain
 
 # %% ../../nbs/0_base/02_record.ipynb #9a45e0ba
 def plain(
@@ -148,7 +148,7 @@ def write_json(
         temp.write_text(json.dumps(obj, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
-# %% ../../nbs/0_base/02_record.ipynb #94d9ef4b
+# %% ../../nbs/0_base/02_record.ipynb #9a1dfe1d
 def _refuse(word):
     "NaN and Infinity are not JSON."
     raise ValueError(f"{word} is not JSON")
@@ -167,7 +167,7 @@ def read_json(
     path: str | Path,    # the file
 ):                       # what it holds
     "Read JSON, or say which file is broken and where."
-    path = Path(path)
+    path = as_path(path)
     try: data = path.read_bytes()
     except OSError as error:
         raise DataError(explain(str(path), error.strerror, "a readable JSON file")) from error
@@ -213,10 +213,10 @@ def _from_notebook(path):
         try: yield {**extra, **_row(data[MIME], str(path))}
         except DataError as error: yield error
 
-# %% ../../nbs/0_base/02_record.ipynb #7db76a4f
+# %% ../../nbs/0_base/02_record.ipynb #61fbc522
 def _files(paths):
     "Every file to read, with the short name it is called by."
-    for path in map(Path, paths):
+    for path in map(as_path, paths):
         if path.is_file(): yield path, path.name; continue
         if not path.is_dir():
             wanted = "a notebook, a .jsonl file or a folder"

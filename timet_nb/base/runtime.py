@@ -7,9 +7,9 @@ Docs: https://timet-nb.github.io/timet_nb/0_base/runtime.html.md"""
 # %% auto #0
 __all__ = ['get_rng_state', 'set_rng_state', 'run_context', 'pick_device', 'need', 'repair_torchvision', 'import_timm',
            'atomic_write', 'cache_dir', 'environment', 'quiet', 'progress', 'DataError', 'CheckpointError',
-           'ConfigError', 'explain', 'expect', 'check_config']
+           'ConfigError', 'explain', 'expect', 'as_path', 'check_config']
 
-# %% ../../nbs/0_base/01_runtime.ipynb #b48b6b57
+# %% ../../nbs/0_base/01_runtime.ipynb #9ad1a76e
 import contextlib, errno, importlib, importlib.metadata, os, platform, random
 import re, subprocess, sys, uuid, warnings
 from collections.abc import Iterable, Iterator
@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from .errors import (
-    CheckpointError, ConfigError, DataError, check_config, expect, explain)
+    CheckpointError, ConfigError, DataError, as_path, check_config, expect, explain)
 
-# %% ../../nbs/0_base/01_runtime.ipynb #3acf8337
-_all_ = ["DataError", "CheckpointError", "ConfigError", "explain", "expect", "check_config"]
+# %% ../../nbs/0_base/01_runtime.ipynb #e772cec8
+_all_ = ["DataError", "CheckpointError", "ConfigError",
+         "explain", "expect", "as_path", "check_config"]
 
 # %% ../../nbs/0_base/01_runtime.ipynb #0b3f738d
 def get_rng_state() -> dict:   # tensors and plain values only, fit for a weights_only checkpoint
@@ -169,9 +170,9 @@ def import_timm() -> ModuleType:   # timm
     repair_torchvision()
     return need("timm")
 
-# %% ../../nbs/0_base/01_runtime.ipynb #ca36f7a3
+# %% ../../nbs/0_base/01_runtime.ipynb #39976cc7
 _CANNOT_WRITE = {getattr(errno, name, None) for name in
-                 "ENOSPC EROFS EACCES EPERM EDQUOT ENOTDIR EISDIR EEXIST".split()}
+                 "ENOSPC EFBIG EROFS EACCES EPERM EDQUOT ENOTDIR EISDIR EEXIST".split()}
 
 def _to_disk(path, flags=os.O_RDWR):
     "Wait until a file or a folder has reached the disk."
@@ -185,13 +186,13 @@ def _put_in_place(temp, path):
     _to_disk(temp); os.replace(temp, path)
     if os.name == "posix": _to_disk(path.parent, os.O_RDONLY)
 
-# %% ../../nbs/0_base/01_runtime.ipynb #759428ed
+# %% ../../nbs/0_base/01_runtime.ipynb #1c302ff0
 @contextlib.contextmanager
 def atomic_write(
     path: str | Path,    # where the finished file shall be; its folder is made
 ) -> Iterator[Path]:     # a temporary path beside it, same suffix; write there
     "Write a file that appears whole or not at all, and replaces the old one in one step."
-    path = Path(path)
+    path = as_path(path)
     temp = path.with_name(f".{path.stem[:40]}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,11 +8,12 @@ Docs: https://timet-nb.github.io/timet_nb/1_data/clips.html.md"""
 __all__ = ['REGIMES', 'sample_indices', 'clip_length', 'ClipDataset', 'clip_loader', 'find_bad', 'ClipAugment', 'Geometry',
            'blur', 'crop_box', 'luma', 'shift_hue']
 
-# %% ../../nbs/1_data/12_clips.ipynb #bb73eada
+# %% ../../nbs/1_data/12_clips.ipynb #4d479b4f
 import random
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 from fastcore.basics import patch
@@ -87,7 +88,19 @@ def clip_length(
                                 "frames or a video file"))
     return _video_length(str(clip.video), clip.video.stat().st_mtime_ns)
 
-# %% ../../nbs/1_data/12_clips.ipynb #8ee8d1ac
+# %% ../../nbs/1_data/12_clips.ipynb #b2403105
+def _clips(layout):
+    "The clips of a layout or a list, or why there are none."
+    named = isinstance(layout, (str, Path)) or not isinstance(layout, Iterable)
+    clips = [] if named else list(layout)
+    other = layout if named else next((c for c in clips if not hasattr(c, "frames")), None)
+    if other is not None:
+        raise DataError(explain("ClipDataset", f"{type(other).__name__} {other!r:.80}",
+                                "a Layout, or a list of Clips", "find_layout(path) gives a Layout"))
+    if not clips: raise DataError(explain("ClipDataset", "no clips", "at least one clip"))
+    return clips
+
+# %% ../../nbs/1_data/12_clips.ipynb #49ae9c5d
 class ClipDataset:
     "T frames of every clip; what is drawn follows from seed, epoch and index alone."
     def __init__(
@@ -104,8 +117,7 @@ class ClipDataset:
         kind: str = "auto",                  # of the masks, see `read_mask`
         official: bool = False,              # see `sample_indices`
     ):
-        self.clips, self.T, self.regime, self.gap = list(layout), T, regime, gap
-        if not self.clips: raise DataError(explain("ClipDataset", "no clips", "at least one clip"))
+        self.clips, self.T, self.regime, self.gap = _clips(layout), T, regime, gap
         sample_indices(max(T, 1), T, regime, gap, random.Random(0))      # wrong settings stop here
         self.augment = augment or ClipAugment.none()
         if size is not None: self.augment = replace(self.augment, size=size)

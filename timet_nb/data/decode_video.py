@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/1_data/decode_video.html.md"""
 # %% auto #0
 __all__ = ['COUNTED', 'FORGIVEN', 'write_video', 'VideoReader', 'count_frames']
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #7f957680
+# %% ../../nbs/1_data/11_decode_video.ipynb #507b3189
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from ..base.runtime import DataError, need
-from .decode import COPY, as_dtype, check_pixels, fault, picture_bytes, resize
+from .decode import (
+    COPY, as_dtype, as_path, check_pixels, fault, make_folder, picture_bytes, resize)
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #8f1ff96d
+# %% ../../nbs/1_data/11_decode_video.ipynb #e9e618c9
 def _cv2():
     "OpenCV with its decoders told to be silent: what is wrong is said by our own errors."
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -33,26 +34,33 @@ def _writer(path, codec, fps, shape, who):
                     "a size that the codec takes, and fps > 0", "try even sizes")
     return out
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #babf4e29
+def _check_written(temp, n, who):
+    "OpenCV's writer is silent about a full disk: look whether all frames have arrived."
+    cv2, there = _cv2(), 0
+    cap = cv2.VideoCapture(str(temp), cv2.CAP_FFMPEG)
+    while cap.grab(): there += 1
+    cap.release()
+    if there != n: raise fault(who, f"{there} of {n} frames in it", "all", "is the disk full?")
+
+# %% ../../nbs/1_data/11_decode_video.ipynb #f009a1ad
 def write_video(
     path: str | Path,         # .mp4 or .mov (MPEG-4), or .avi (motion JPEG)
     frames: Iterable,         # of (3, H, W) pictures, float in [0, 1] or uint8; a tensor will do
     fps: float = 25,          # frames a second
 ) -> Path:                    # the file
     "Write a video, whole or not at all."
-    path, out, shape, who = Path(path), None, None, f"write_video({path})"
+    path, who, out, shape, n = as_path(path, "a video"), f"write_video({path})", None, None, 0
     codec = {".mp4": "mp4v", ".mov": "mp4v", ".avi": "MJPG"}.get(path.suffix.lower())
     if codec is None: raise fault(who, path.suffix, "a name that ends in .mp4, .mov or .avi")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temp = make_folder(path, "a video").with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         for x in frames:
             a = picture_bytes(x, who)
             if out is None: out, shape = _writer(temp, codec, fps, a.shape, who), a.shape
             if a.shape != shape: raise fault(who, f"a frame {a.shape}", f"{shape}, as the first")
-            out.write(np.ascontiguousarray(a[..., ::-1]))
+            out.write(np.ascontiguousarray(a[..., ::-1])); n += 1
         if out is None: raise fault(who, "no frames", "at least one")
-        out.release(); os.replace(temp, path)
+        out.release(); _check_written(temp, n, who); os.replace(temp, path)
     finally:
         if out is not None: out.release()
         temp.unlink(missing_ok=True)
@@ -81,7 +89,7 @@ def _capture(path):
     cap.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
     return cap
 
-# %% ../../nbs/1_data/11_decode_video.ipynb #6026a8af
+# %% ../../nbs/1_data/11_decode_video.ipynb #c874e0d5
 COUNTED = (".mp4", ".mov", ".m4v", ".avi")   # files that store how many frames they have
 FORGIVEN = 2                                 # frames that they may lack at the end, with a note
 
@@ -101,7 +109,8 @@ class VideoReader:
         if not span or on_count not in ("raise", "note"):
             got = f"start={start}, stop={stop}, step={step}, {on_count!r}"
             raise fault(f"VideoReader({path})", got, "0 <= start < stop, step >= 1, raise or note")
-        self.path, self.size, self.start, self.stop, self.step = Path(path), size, start, stop, step
+        self.path, self.size = as_path(path, "a video"), size
+        self.start, self.stop, self.step = start, stop, step
         self.dtype, self.on_count, self.notes, self.decoded = dtype, on_count, [], 0
         self._look()
 

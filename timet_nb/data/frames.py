@@ -9,7 +9,7 @@ __all__ = ['IMAGE_TYPES', 'VIDEO_TYPES', 'ClipReader', 'read_clip', 'extract_fra
            'read_image', 'resize', 'resize_mask', 'target_size', 'write_image', 'clip_colours', 'number_colours',
            'read_mask', 'voc_palette', 'write_mask', 'VideoReader', 'count_frames', 'write_video']
 
-# %% ../../nbs/1_data/11_frames.ipynb #69f15040
+# %% ../../nbs/1_data/11_frames.ipynb #5cd20c31
 import json, os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,9 +18,9 @@ from torch import Tensor
 from fastcore.basics import patch
 from ..base.record import read_json, write_json
 from ..base.runtime import DataError
-from timet_nb.data.decode import (
-    exif_orientation, fault, image_size, orient, read_image, resize, resize_mask, target_size,
-    write_image)
+from .decode import (
+    as_path, exif_orientation, fault, image_size, make_folder, orient, read_image, resize,
+    resize_mask, target_size, write_image)
 from .decode_masks import (
     clip_colours, number_colours, read_mask, voc_palette, write_mask)
 from .decode_video import VideoReader, count_frames, write_video
@@ -32,7 +32,16 @@ _all_ = ["exif_orientation", "image_size", "orient", "read_image", "resize", "re
          "target_size", "write_image", "clip_colours", "number_colours", "read_mask", "voc_palette",
          "write_mask", "VideoReader", "count_frames", "write_video"]
 
-# %% ../../nbs/1_data/11_frames.ipynb #111448bc
+# %% ../../nbs/1_data/11_frames.ipynb #72483058
+def _check_clip(clip):
+    "Refuse what is no clip, or an empty one."
+    if not all(hasattr(clip, k) for k in ("name", "frames", "masks", "video")):
+        raise fault("clip", f"{type(clip).__name__} {clip!r:.80}", "a Clip",
+                    "find_layout(path)[0] is one")
+    if not clip.frames and not clip.video:
+        raise fault(f"clip {clip.name}", "no frames and no video", "one of them")
+
+# %% ../../nbs/1_data/11_frames.ipynb #654729d0
 class ClipReader:
     "Frames and masks of a clip; then `.indices`, `.skipped` and `.notes` tell what happened."
     def __init__(
@@ -46,6 +55,7 @@ class ClipReader:
         kind: str = "auto",                  # of the masks, see `read_mask`
         exact: bool = False,                 # see `read_image`
     ):
+        _check_clip(clip)
         if on_error not in ("raise", "skip") or step < 1:
             raise fault("ClipReader", f"on_error={on_error!r}, step={step}",
                         "'raise' or 'skip', step >= 1")
@@ -204,7 +214,7 @@ def _stream(files, size, step):
     if isinstance(files, Path): return VideoReader(files, size, step=step, dtype=torch.uint8)
     return (read_image(p, size, dtype=torch.uint8, exact=True) for p in files[::step])
 
-# %% ../../nbs/1_data/11_frames.ipynb #6bb7ab2e
+# %% ../../nbs/1_data/11_frames.ipynb #f40c290d
 def _extract(files, out, name, options, notes):
     "One clip: its frames wait in a hidden folder until they are complete."
     size = options["size"]
@@ -216,15 +226,15 @@ def _extract(files, out, name, options, notes):
         raise fault(target if target.exists() else part, "frames of another source or settings",
                     f"frames of {name} with {options}", "remove them, or name another folder")
     if target.exists(): return
-    part.mkdir(parents=True, exist_ok=True); write_json(note, recipe)
+    make_folder(part / "0", "frames"); write_json(note, recipe)
     frames = _stream(files, size, options["step"])
     for i, frame in enumerate(frames):
         file = part / f"{i:05d}.jpg"
         if not file.exists(): write_image(file, frame, options["quality"])
     notes += getattr(frames, "notes", [])
-    target.parent.mkdir(parents=True, exist_ok=True); os.replace(part, target)
+    make_folder(target, "frames"); os.replace(part, target)
 
-# %% ../../nbs/1_data/11_frames.ipynb #4e7521ff
+# %% ../../nbs/1_data/11_frames.ipynb #f5c711f9
 def extract_frames(
     source: str | Path,               # a video, a folder of videos or of images; only read
     out: str | Path,                  # gets JPEGImages/<resolution>/<clip>/00000.jpg, ...
@@ -238,7 +248,8 @@ def extract_frames(
     if on_error not in ("raise", "skip") or step < 1:
         raise fault("extract_frames", f"on_error={on_error!r}, step={step}",
                     "'raise' or 'skip', step >= 1")
-    source, out, notes = Path(source), Path(out), [] if notes is None else notes
+    source, out = as_path(source, "a video or a folder"), as_path(out, "a folder")
+    notes = [] if notes is None else notes
     films = _films(source)
     _keep_out(source, out)
     for name, files in films.items():

@@ -357,7 +357,7 @@ def render(
     flow: bool = True,     # False: flow and visibility stay empty, which saves half of the time
 ) -> WorldClip:            # frames, masks, flow, visibility
     "Render a scene: pictures by blending, everything else by asking the layers."
-    T, (H, W), (x, y) = scene.n_frames, scene.size, pixel_grid(scene.size)
+    T, (x, y) = scene.n_frames, pixel_grid(scene.size)
     ids = np.array([layer.id for layer in scene.layers])
     masks = torch.from_numpy(np.stack([ids[top_layer(scene, t, x, y)] for t in range(T)]))
     shot = range(T if frames else 0)

@@ -7,12 +7,12 @@ Docs: https://timet-nb.github.io/timet_nb/2_features/propagate.html.md"""
 # %% auto #0
 __all__ = ['LOGIT_BYTES', 'neighbourhood', 'unit_tokens', 'blend', 'blend_official', 'Propagator', 'propagate', 'ids_to_grid']
 
-# %% ../../nbs/2_features/23_propagate.ipynb #369d13c1
+# %% ../../nbs/2_features/23_propagate.ipynb #4c105467
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
-from ..base.runtime import ConfigError, DataError, explain
+from ..base.runtime import ConfigError, DataError, expect, explain
 
 # %% ../../nbs/2_features/23_propagate.ipynb #b2f45e67
 def neighbourhood(
@@ -118,7 +118,7 @@ def blend_official(
     table = labels.double().movedim(1, 0).flatten(1, 2)                   # (B, C*M, K)
     return (weight / weight.sum(-1, keepdim=True)) @ table
 
-# %% ../../nbs/2_features/23_propagate.ipynb #e6075870
+# %% ../../nbs/2_features/23_propagate.ipynb #8d97a8a1
 class Propagator:
     "Carry labels through a stream of any length; frame 0 is kept for ever, the rest is a queue."
     def __init__(self,
@@ -132,6 +132,8 @@ class Propagator:
         dtype: torch.dtype | None = None,  # of the labels; None = float32, float64 when official
         official: bool = False,       # the authors' tie and precision rule
     ):
+        for x, what in ((labels, "labels"), (features, "features")):
+            expect(x, "...", f"{what} of frame 0", finite=False, tensor=True)
         self.topk, self.radius, self.temperature = topk, radius, temperature
         self.chunk, self.official, self.single = chunk, official, features.dim() == 3
         self.dtype = dtype or (torch.float64 if official else torch.float32)
@@ -149,7 +151,7 @@ def _start(self: Propagator, labels, features, n_last):
     self.labels = labels.new_empty(1 + n_last, *labels.shape)             # (1 + n_last, B, N, K)
     self.sources[0], self.labels[0] = tokens, labels
 
-# %% ../../nbs/2_features/23_propagate.ipynb #61dd551c
+# %% ../../nbs/2_features/23_propagate.ipynb #3b7f9b27
 def _check_start(self, labels, features, n_last):
     "Refuse settings without meaning, and labels and features that do not belong together."
     s = dict(topk=self.topk, n_last=n_last, radius=self.radius, temperature=self.temperature)
@@ -160,6 +162,12 @@ def _check_start(self, labels, features, n_last):
         got = f"{tuple(labels.shape)} and {tuple(features.shape)}, batch axis first"
         want = "(B, K, h', w') and (B, D, h, w), as many clips in both"
         raise DataError(explain("labels and features of frame 0", got, want))
+    if 0 in (*labels.shape[1:], *features.shape[1:]): raise DataError(explain(
+        "labels and features of frame 0", f"{tuple(labels.shape)} and {tuple(features.shape)}",
+        "no empty axis", "is the frame smaller than one patch?"))
+    if labels.device != features.device: raise DataError(explain(
+        "labels of frame 0", f"device {labels.device}", f"device {features.device}, like the features",
+        "labels.to(features.device)"))
     if not labels.float().isfinite().all():
         raise DataError(explain("labels of frame 0", "NaN or infinity", "finite numbers"))
 
@@ -188,7 +196,7 @@ def _rows_at_once(self: Propagator, maps, device):
     budget = LOGIT_BYTES * (64 if device.type == "cuda" else 1)
     return max(1, min(h, budget // (4 * maps * h * w * w)))
 
-# %% ../../nbs/2_features/23_propagate.ipynb #4cfc367e
+# %% ../../nbs/2_features/23_propagate.ipynb #e3015919
 @patch
 @torch.no_grad()
 def step(
@@ -196,10 +204,14 @@ def step(
     features: Tensor,      # (B?, D, h, w) features of the next frame
 ) -> Tensor:               # (B?, K, h, w) its soft labels
     "Label the next frame and remember it."
+    name = f"features of frame {self.seen}"
+    expect(features, "...", name, finite=False, tensor=True)
     x, want = features[None] if self.single else features, (*self.sources.shape[1::2], *self.grid)
     if tuple(x.shape) != want: raise DataError(explain(
-        f"features of frame {self.seen}", f"shape {tuple(features.shape)}",
+        name, f"shape {tuple(features.shape)}",
         f"(B, D, h, w) = {want}: one grid for all frames"))
+    if x.device != self.sources.device: raise DataError(explain(
+        name, f"device {x.device}", f"device {self.sources.device}, like frame 0"))
     tokens = unit_tokens(x, self.seen)
     with torch.autocast(tokens.device.type, enabled=False): out = self._label(tokens)
     if ring := len(self.sources) - 1:
@@ -209,7 +221,7 @@ def step(
     out = out.mT.unflatten(2, self.grid)
     return out[0] if self.single else out
 
-# %% ../../nbs/2_features/23_propagate.ipynb #e45379d9
+# %% ../../nbs/2_features/23_propagate.ipynb #96c6c5b4
 @torch.no_grad()
 def propagate(
     features: Tensor,      # (B?, T, D, h, w) float features of T >= 2 frames
@@ -223,6 +235,7 @@ def propagate(
     official: bool = False,       # the authors' tie and precision rule
 ) -> Tensor:               # (B?, T-1, K, h, w) soft labels of frames 1..T-1
     "Carry the labels of frame 0 through a clip, or a batch of clips."
+    expect(features, "...", "features", finite=False, tensor=True)
     if features.dim() not in (4, 5) or features.shape[-4] < 2: raise DataError(explain(
         "features", f"shape {tuple(features.shape)}", "(T, D, h, w) or (B, T, D, h, w), T >= 2"))
     first, *later = features.unbind(-4)

@@ -7,15 +7,15 @@ Docs: https://timet-nb.github.io/timet_nb/4_timet/assign.html.md"""
 # %% auto #0
 __all__ = ['LIMIT', 'STARTS', 'sinkhorn', 'Prototypes', 'Queue']
 
-# %% ../../nbs/4_timet/40_assign.ipynb #98c6e773
+# %% ../../nbs/4_timet/40_assign.ipynb #580df792
 from typing import Callable
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from ..base.runtime import ConfigError, DataError, explain
+from ..base.runtime import ConfigError, DataError, expect, explain
 
-# %% ../../nbs/4_timet/40_assign.ipynb #2d89e11c
+# %% ../../nbs/4_timet/40_assign.ipynb #70e710fc
 def sinkhorn(
     scores: Tensor,          # (..., R, K) float similarity of R rows (patches) to K prototypes
     epsilon: float = .05,    # temperature of the assignment, > 0; smaller is harder
@@ -26,6 +26,7 @@ def sinkhorn(
     "Assign rows to prototypes so that all prototypes get the same share."
     if not epsilon > 0 or iterations < 0: raise ConfigError(explain(
         "sinkhorn", f"epsilon={epsilon}, iterations={iterations}", "epsilon > 0, iterations >= 0"))
+    expect(scores, "...", "scores", finite=False, tensor=True)
     x = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
     if x.dim() < 2 or x.shape[-1] < 1:
         raise DataError(explain("scores", f"shape {tuple(x.shape)}", "(..., R, K) with K >= 1"))
@@ -66,7 +67,7 @@ def _facts(x, high, epsilon, total):
     dtype = torch.float64 if wide > 0 else x.dtype
     return dtype, n.to(dtype), (height / n.clamp_min(1)).to(dtype)
 
-# %% ../../nbs/4_timet/40_assign.ipynb #df2182d8
+# %% ../../nbs/4_timet/40_assign.ipynb #3e1c16c5
 class Prototypes(nn.Module):
     "K directions in feature space; every row has length 1."
     def __init__(self,
@@ -81,13 +82,14 @@ class Prototypes(nn.Module):
         self.weight = nn.Parameter(F.normalize(start, dim=-1))
 
     def scores(self,
-        x: Tensor,           # (..., D) features of any length
+        x: Tensor,           # (..., D) features of any length and float type
     ) -> Tensor:             # (..., K) cosines; the prototypes are used as they are
         "Compare features with every prototype."
-        return F.normalize(x, dim=-1) @ self.weight.T
+        expect(x, f"... {self.weight.shape[1]}", "features", finite=False, tensor=True)
+        return F.normalize(x.to(self.weight.dtype), dim=-1) @ self.weight.T
     forward = scores
 
-# %% ../../nbs/4_timet/40_assign.ipynb #ad419d98
+# %% ../../nbs/4_timet/40_assign.ipynb #2376c29d
 @patch
 @torch.no_grad()
 def normalise_(self: Prototypes) -> Prototypes:
@@ -98,14 +100,15 @@ def normalise_(self: Prototypes) -> Prototypes:
 @torch.no_grad()
 def start_from_(
     self: Prototypes,
-    tokens: Tensor,      # (..., D) features of real patches, at least K of them
+    tokens: Tensor,      # (..., D) finite features of real patches, at least K of them
     how: str = "tokens", # "tokens" = K of them drawn at random, "kmeans" = K centres
     seed: int = 0,       # of the draw
 ) -> Prototypes:
     "Start from data in place of random directions."
-    rows, (k, dim) = F.normalize(tokens.flatten(0, -2).float(), dim=-1), self.weight.shape
-    if rows.shape[-1] != dim or len(rows) < k: raise DataError(explain(
-        "tokens", f"{len(rows)} of width {rows.shape[-1]}", f"at least {k} of width {dim}"))
+    k, dim = self.weight.shape
+    expect(tokens, f"... N {dim}", "tokens", tensor=True)
+    rows = F.normalize(tokens.flatten(0, -2).float(), dim=-1)
+    if len(rows) < k: raise DataError(explain("tokens", f"{len(rows)} rows", f"at least {k}"))
     if how not in STARTS: raise ConfigError(explain("how", repr(how), ", ".join(STARTS)))
     self.weight.copy_(torch.as_tensor(STARTS[how](rows, k, seed)).to(self.weight))
     return self.normalise_()
@@ -142,15 +145,16 @@ class Queue(nn.Module):
         "Whether the oldest row has been written: only then is the queue used."
         return bool((self.rows[-1] != 0).any())
 
-# %% ../../nbs/4_timet/40_assign.ipynb #fe92699d
+# %% ../../nbs/4_timet/40_assign.ipynb #c092ebd4
 @patch
 @torch.no_grad()
 def push(
     self: Queue,
-    x: Tensor,           # (B, N, D) features of a batch of clips
+    x: Tensor,           # (B, N, D) finite features of a batch of clips
     generator: torch.Generator | None = None,  # None: torch's global state, as the authors do
 ) -> Queue:
     "Shift the queue down and write random rows of `x` on top."
+    expect(x, f"... N {self.rows.shape[1]}", "features for the queue", tensor=True)
     flat = x.detach().flatten(0, -2).to(self.rows)
     m = min(self.per_clip * len(x), len(self.rows), len(flat))
     pick = torch.randperm(len(flat), generator=generator)[:m].to(flat.device)

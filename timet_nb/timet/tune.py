@@ -8,13 +8,13 @@ Docs: https://timet-nb.github.io/timet_nb/4_timet/tune.html.md"""
 __all__ = ['thin', 'fixed_views', 'TokenBank', 'start_prototypes', 'TuneResult', 'time_tune', 'save_tuned', 'load_tuned',
            'load_official', 'TimeT', 'TimeTConfig']
 
-# %% ../../nbs/4_timet/42_tune.ipynb #e549d65a
+# %% ../../nbs/4_timet/42_tune.ipynb #0c15f6b4
 import math, random, time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import torch
-from ..base.runtime import (CheckpointError, ConfigError, DataError, environment, explain,
-                                   pick_device, progress)
+from ..base.runtime import (CheckpointError, ConfigError, DataError, as_path, environment,
+                                   explain, pick_device, progress)
 from ..base.train import FitResult, Item, fit, item_seed, make_loader
 from ..data.clips import ClipAugment, ClipDataset, sample_indices
 from ..data.frames import count_frames, read_clip
@@ -214,14 +214,14 @@ def _fit(model, loader, out, **options):
 def _batch_loss(model, batch):
     return model(**{k: batch[k] for k in ("frames", "tokens") if k in batch})
 
-# %% ../../nbs/4_timet/42_tune.ipynb #dbca02c6
+# %% ../../nbs/4_timet/42_tune.ipynb #7197bed3
 def save_tuned(
     model: TimeT,            # a tuned model
     out: str | Path,         # folder for backbone.safetensors and head.safetensors
     result=None,             # a FitResult, for the notes
 ) -> Path:                   # the folder
     "Save the backbone for everybody, and head and prototypes beside it."
-    out = Path(out)
+    out = as_path(out, DataError, "folder for a tuned model")
     about = dict(config=asdict(model.config), steps=getattr(result, "step", None), system="timet",
                  environment=environment(next(model.parameters()).device))
     path = model.backbone.save_timm(out / "backbone.safetensors")
@@ -230,13 +230,13 @@ def save_tuned(
     save_state(out / "head.safetensors", rest, about)
     return out
 
-# %% ../../nbs/4_timet/42_tune.ipynb #1d945029
+# %% ../../nbs/4_timet/42_tune.ipynb #6aa427c5
 def load_tuned(
     out: str | Path,         # folder that `time_tune` or `save_tuned` wrote
     device: str = "cpu",     # where to put it
 ) -> TimeT:
     "Load a tuned model with its head and prototypes."
-    out = Path(out)
+    out = as_path(out, CheckpointError, "folder of a tuned model")
     missing = [n for n in ("backbone.safetensors", "head.safetensors") if not (out / n).is_file()]
     if missing: raise CheckpointError(explain(
         str(out), f"no {' and no '.join(missing)}", "the folder that time_tune wrote"))
