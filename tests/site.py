@@ -84,10 +84,13 @@ def check_notebook(path):
         fences = re.findall(r"^:{3,}.*$", cell, re.M)
         opened = sum(bool(f.strip(": ")) for f in fences)
         if 2 * opened != len(fences): out.append(f"{name}: unclosed ::: in a cell that begins '{cell[:40]}'")
-        if re.search(r"^```\{?(mermaid|dot)", cell, re.M): out.append(f"{name}: mermaid or dot block")
+    for c in nb.cells:
+        if c.cell_type == "markdown" and re.search(r"^```\{?(mermaid|dot)", c.source, re.M): out.append(f"{name}: mermaid or dot block")
     for target in re.findall(r"\]\(([^)\s]+)\)", everything):
         if re.match(r"[a-z]+:|#", target): continue
-        if not (path.parent / target.split("#")[0]).exists(): out.append(f"{name}: link to {target}, which does not exist")
+        there = (path.parent / target.split("#")[0]).resolve()
+        if not there.exists(): out.append(f"{name}: link to {target}, which does not exist")
+        elif not there.is_relative_to(NBS.resolve()): out.append(f"{name}: link to {target}, which is no page of the site")
     for c in nb.cells:
         kinds = {k for o in c.get("outputs", []) for k in o.get("data", {})}
         if "application/vnd.jupyter.widget-view+json" in kinds and "image/png" not in {

@@ -1,5 +1,4 @@
 "Backbones: equal to timm, the ONNX graph as judge of position rules, sizes, frozen prefixes, files that plain timm loads."
-import json
 import math
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from timet_nb.base.runtime import CheckpointError, ConfigError, DataError, import_timm
 from timet_nb.features.backbone import (NORMALISE, POSITION_RULES, Backbone, CnnBackbone, check_images, create_backbone,
                                         describe_vit, fit_size, resize_positions)
-from timet_nb.features.weights import fingerprint, load_header, load_state
+from timet_nb.features.weights import load_header, load_state
 
 HERE = Path(__file__).parent
 

@@ -1,7 +1,6 @@
 "31_cluster: k-means, maps and scores against brute force, planted regions, and every bad input."
 import itertools
 import math
-import random
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 from timet_nb.base.runtime import ConfigError, DataError
 from timet_nb.evaluate.cluster import (assign_maps, best_union, cluster_maps, cluster_report, evaluate_clustering, kmeans,
                                        least_border, nearest, prototype_scores, score_maps, upsampled_points)
-from timet_nb.evaluate.overlap import contingency, iou_matrix, score
+from timet_nb.evaluate.overlap import score
 
 
 def planted(T=3, D=12, h=6, w=8, k=3, noise=.05, seed=0):

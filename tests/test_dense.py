@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from timet_nb.data.frames import write_image, write_video
 from timet_nb.data.layout import Clip, find_layout
 from timet_nb.features import dense
 from timet_nb.features.backbone import create_backbone
-from timet_nb.features.dense import CacheEntry, DenseFeatures, Moments, batches, cache_key, extract, forward_batch, pca_fit
+from timet_nb.features.dense import CacheEntry, Moments, batches, cache_key, extract, forward_batch, pca_fit
 
 
 @pytest.fixture(scope="module")

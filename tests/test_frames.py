@@ -1,6 +1,4 @@
 "Faults and properties of the picture, mask, video and clip readers."
-import io
-import os
 import random
 import sys
 import threading

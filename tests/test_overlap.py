@@ -10,9 +10,9 @@ from hypothesis import given, settings, strategies as st
 from scipy.ndimage import binary_dilation
 
 from timet_nb.base.runtime import ConfigError, DataError
-from timet_nb.evaluate.overlap import (Match, as_ids, as_masks, boundary_f, boundary_radius, contingency, dice, disk,
+from timet_nb.evaluate.overlap import (as_ids, as_masks, boundary_f, boundary_radius, contingency, dice, disk,
                                        fb_iou, iou_matrix, jf_stats, match, objects_in, outline, pair_scores,
-                                       precision_matrix, region_j, score)
+                                       region_j, score)
 
 
 # ---- oracles: the definitions as loops ----

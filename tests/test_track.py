@@ -65,7 +65,7 @@ def test_streaming_takes_one_frame_at_a_time_and_holds_nothing():
 
 
 def test_memory_does_not_grow_with_the_length():
-    import resource, gc
+    import gc
     frames, ids = moving()
     t = Tracker(Colours(), frames[0], ids[0], n_last=3)
     held = sum(x.numel() for x in (t.state.sources, t.state.labels))

@@ -20,7 +20,7 @@ from tests.train_toys import Counter, Net, Noisy, ended, forked, loss_fn, plans,
 from timet_nb.base import store as S
 from timet_nb.base import train as T
 from timet_nb.base.runtime import CheckpointError, ConfigError, DataError
-from timet_nb.base.train import (CheckpointStore, Item, ResumableSampler, Schedule, all_gather_rows, all_sum, constant,
+from timet_nb.base.train import (CheckpointStore, ResumableSampler, Schedule, all_gather_rows, all_sum, constant,
                                  cosine, count_parameters, decay_split, ema_update, feed, fit, folder_lock, item_seed,
                                  load_history, make_loader, param_groups, stepwise)
 
@@ -317,11 +317,10 @@ def test_state_that_could_not_be_read_back_is_refused(tmp_path):
 
 
 def test_no_pickled_code_is_run(tmp_path):
-    import pickle
     class Evil:
         def __reduce__(self): return os.system, (f"touch {tmp_path}/owned",)
     store = CheckpointStore(tmp_path); store.save(1, {"a": torch.ones(1)}, {})
-    import io, zipfile
+    import io
     buffer = io.BytesIO(); torch.save({"x": Evil()}, buffer)
     (store.path(1) / "state-0.pt").write_bytes(buffer.getvalue())
     files = {p.name: S._sha256(p.read_bytes()) for p in store.path(1).iterdir() if p.name != "manifest.json"}

@@ -2,7 +2,6 @@
 import argparse
 import ast
 import io
-import json
 import os
 import socket
 import subprocess
@@ -286,11 +285,11 @@ def test_ema_file_needs_a_choice(own):
     state = (timet(own) | wrap("teacher.backbone.", teacher) | head("teacher.head.") | {"teacher_prototypes": torch.full((200, 256), 2.)})
     assert len(state) == 318
     with pytest.raises(CheckpointError, match="student.*teacher"): split_checkpoint(state)
-    for given in (dict(network="student"), dict(layout="timet")):
-        p = split_checkpoint(state, **given)
+    for which in (dict(network="student"), dict(layout="timet")):
+        p = split_checkpoint(state, **which)
         assert fingerprint(p.backbone) == fingerprint(own) and len(p.left) == 159 and float(p.prototypes[0, 0]) == 1
-    for given in (dict(network="teacher"), dict(layout="timet_teacher")):
-        p = split_checkpoint(state, **given)
+    for which in (dict(network="teacher"), dict(layout="timet_teacher")):
+        p = split_checkpoint(state, **which)
         assert fingerprint(p.backbone) == fingerprint(teacher) and len(p.head) == 8 and float(p.prototypes[0, 0]) == 2
     with pytest.raises(CheckpointError): split_checkpoint(state, network="both")
 

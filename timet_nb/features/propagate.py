@@ -151,7 +151,7 @@ def _start(self: Propagator, labels, features, n_last):
     self.labels = labels.new_empty(1 + n_last, *labels.shape)             # (1 + n_last, B, N, K)
     self.sources[0], self.labels[0] = tokens, labels
 
-# %% ../../nbs/2_features/23_propagate.ipynb #3b7f9b27
+# %% ../../nbs/2_features/23_propagate.ipynb #93906f68
 def _check_start(self, labels, features, n_last):
     "Refuse settings without meaning, and labels and features that do not belong together."
     s = dict(topk=self.topk, n_last=n_last, radius=self.radius, temperature=self.temperature)
@@ -166,8 +166,8 @@ def _check_start(self, labels, features, n_last):
         "labels and features of frame 0", f"{tuple(labels.shape)} and {tuple(features.shape)}",
         "no empty axis", "is the frame smaller than one patch?"))
     if labels.device != features.device: raise DataError(explain(
-        "labels of frame 0", f"device {labels.device}", f"device {features.device}, like the features",
-        "labels.to(features.device)"))
+        "labels of frame 0", f"device {labels.device}",
+        f"device {features.device}, like the features", "labels.to(features.device)"))
     if not labels.float().isfinite().all():
         raise DataError(explain("labels of frame 0", "NaN or infinity", "finite numbers"))
 
