@@ -40,7 +40,7 @@ demo: $(VENV)/.ok
 	@$(BIN)/timet run quickstart --budget cpu --threads $(THREADS) $(if $(VIDEO),-p "data=$(VIDEO)") $(if $(DATA),-p "data=$(DATA)")
 
 test: $(VENV)/.ok
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(BIN)/python -m pytest -n $(THREADS) --dist worksteal $(TESTS)
 
 lab: EXTRAS := dev,lab
 lab: $(VENV)/.ok
