@@ -19,7 +19,7 @@ from .cluster import cluster_report
 from .overlap import region_j
 from ..features.propagate import propagate
 
-# %% ../../nbs/3_evaluate/37_measure.ipynb #66066bfe
+# %% ../../nbs/3_evaluate/37_measure.ipynb #5d56ecd3
 def clip_features(
     backbone,                # a Backbone: (B, 3, H, W) in [0, 1] -> (B, D, h, w)
     clip,                    # a Clip with masks
@@ -32,7 +32,8 @@ def clip_features(
     frames, masks = read_clip(clip, indices=indices, size=(size, size))
     if masks is None: raise DataError(f"clip {clip.name} has no masks to measure against")
     where = next(backbone.parameters()).device
-    with torch.no_grad(): maps = [backbone.tokens(x.to(where)).float().cpu() for x in frames.split(batch)]
+    with torch.no_grad(): maps = [backbone.tokens(x.to(where)).float().cpu()
+                                  for x in frames.split(batch)]
     return torch.cat(maps), masks
 
 # %% ../../nbs/3_evaluate/37_measure.ipynb #13ba713a
@@ -51,8 +52,9 @@ def propagation_j(
     seen = F.interpolate(soft, masks.shape[-2:], mode="bilinear", align_corners=False).argmax(1)
     return float(region_j(fg[1:], seen > 0, void[1:]).mean())
 
-# %% ../../nbs/3_evaluate/37_measure.ipynb #b209998a
-PROTOCOLS = {"cluster": ("K2", "K2fg", "FG"), "overcluster": ("OC10", "OC10fg", "OCb"), "track": ("J",)}
+# %% ../../nbs/3_evaluate/37_measure.ipynb #556e755c
+PROTOCOLS = {"cluster": ("K2", "K2fg", "FG"), "overcluster": ("OC10", "OC10fg", "OCb"),
+             "track": ("J",)}
 
 def measure(
     backbone,                    # a Backbone, or the name of one
@@ -85,7 +87,7 @@ def _measure_clip(backbone, clip, protocols, size, indices, seeds):
     if "track" in protocols: found["J"] = propagation_j(maps, masks)
     return {"clip": clip.name, **{m: found[m] for p in protocols for m in PROTOCOLS[p]}}
 
-# %% ../../nbs/3_evaluate/37_measure.ipynb #d40433d9
+# %% ../../nbs/3_evaluate/37_measure.ipynb #057050dd
 def mean_row(
     rows: list[dict],    # rows of `measure`
     name: str = "mean",  # what the row is called
@@ -93,4 +95,5 @@ def mean_row(
     "Average the rows of `measure` over clips."
     if not rows: raise DataError("no rows to average: nothing was measured")
     def mean(values): return sum(values) / len(values) if values else math.nan
-    return {"clip": name, **{k: mean([r[k] for r in rows if not math.isnan(r[k])]) for k in rows[0] if k != "clip"}}
+    return {"clip": name,
+            **{k: mean([r[k] for r in rows if not math.isnan(r[k])]) for k in rows[0] if k != "clip"}}
