@@ -6,6 +6,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("IN_TEST", "1")
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")     # read once, when OpenCV is first imported
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 

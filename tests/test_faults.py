@@ -35,18 +35,7 @@ OWN = (DataError, CheckpointError, ConfigError)
 long = dict(dtype=torch.int64)
 
 # Defects that are known and open: test name (a regular expression) -> where and what. A repair turns the test red: delete its line.
-OPEN = {
-    r"test_what_is_no_path\[(none|list|int)-39-path-(load_state|create_backbone)\]": "checkpoints.load_state, backbone.create_backbone: TypeError of Path()",
-    r"test_wrong_arguments_are_explained\[39-extract-list-of-paths\]": "dense.sources: AttributeError for what is no Clip",
-    r"test_wrong_arguments_are_explained\[39-load-into-path\]": "keys.load_into: AttributeError for a path",
-    r"test_wrong_arguments_are_explained\[39-track-size\]": "track.Tracker.__init__: a first mask of another shape than the frame is stretched in silence",
-    r"test_places_that_cannot_be_written\[10-save_state\]": "checkpoints.save_state: mkdir unguarded, NotADirectoryError",
-    r"test_places_that_cannot_be_written\[10-write_tracks\]": "judge.write_tracks: mkdir unguarded, NotADirectoryError",
-    r"test_full_disk\[10-safetensors\]": "weights.save_state: SafetensorError",
-    r"test_predictions_of_another_length.*": "judge.score_track: ValueError of zip(strict=True)",
-    r"test_rectangular_and_empty_tables\[.*-24-(no-clusters|nothing)\]": "overlap.match: RuntimeError of max() over an empty mapping",
-    r"test_tables_that_are_no_counts.*": "overlap.match: raw errors for NaN, fractions, one axis",
-}
+OPEN = {}
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,9 @@ Docs: https://timet-nb.github.io/timet_nb/3_evaluate/judge.html.md"""
 # %% auto #0
 __all__ = ['NUMBERS', 'TrackScore', 'score_track', 'TrackRows', 'evaluate_folder', 'write_tracks', 'accumulated_iou']
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #6303ff23
+# %% ../../nbs/3_evaluate/35_judge.ipynb #5042a12a
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 import math
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from scipy.optimize import linear_sum_assignment
 import torch
 from torch import Tensor
 
-from ..base.runtime import ConfigError, DataError, progress
-from ..data.frames import IMAGE_TYPES, read_mask, write_mask
+from ..base.runtime import ConfigError, DataError, explain, progress
+from ..data.frames import IMAGE_TYPES, make_folder, read_mask, write_mask
 from ..data.layout import natural_key
 from .boundary import as_ids, jf_stats, objects_in, pair_scores
 
@@ -103,7 +104,19 @@ def _row(score, true, found, official):
         row |= zip((f"{name}_mean", f"{name}_recall", f"{name}_decay"), jf_stats(v, official))
     return row | {"JF": (row["J_mean"] + row["F_mean"]) / 2}
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #a63ebd72
+# %% ../../nbs/3_evaluate/35_judge.ipynb #ac21abaa
+def _pairs(gt, pred):
+    "Frame by frame; where one side ends first, both lengths are told."
+    end = object()
+    for n, pair in enumerate(zip_longest(gt, pred, fillvalue=end)):
+        if any(x is end for x in pair):
+            long = [n if x is end else len(s) if hasattr(s, "__len__") else f"more than {n}"
+                    for s, x in zip((gt, pred), pair)]
+            raise DataError(explain("pred", f"{long[1]} frames", f"{long[0]}, as many as gt",
+                                    "give both from the same frames"))
+        yield pair
+
+# %% ../../nbs/3_evaluate/35_judge.ipynb #4fd9849a
 def score_track(
     gt: Iterable,             # (H, W) integer ids of each frame; 255 = void
     pred: Iterable,           # (H, W) integer ids of each frame
@@ -114,7 +127,7 @@ def score_track(
 ) -> list[dict]:              # one dict an object, as `TrackScore.rows`
     "J and F of every object of one clip: mean, recall, decay."
     score = TrackScore(skip_ends, matched, bound_th)
-    for g, p in zip(gt, pred, strict=True): score.add(g, p)
+    for g, p in _pairs(gt, pred): score.add(g, p)
     return score.rows(official)
 
 # %% ../../nbs/3_evaluate/35_judge.ipynb #c999165a
@@ -257,15 +270,14 @@ def _clip_notes(names, truth, found, missing, pred):
     return ([f"{pred}: clip {n} has no truth and was not scored" for n in found if n not in truth]
             + [f"{pred}: clip {n} was not predicted and counts as empty" for n in absent])
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #ee7bddc4
+# %% ../../nbs/3_evaluate/35_judge.ipynb #28cd0537
 def write_tracks(
     masks: Iterable,                     # (H, W) integer ids, in order
     out: str | Path,                     # folder of one clip; made if missing
     names: Iterable[str] | None = None,  # file stems; None: 00000, 00001, ...
 ) -> int:                                # how many were written
     "Write masks as palette PNGs, one at a time, as DAVIS does."
-    out, n = Path(out), 0
-    out.mkdir(parents=True, exist_ok=True)
+    out, n = make_folder(Path(out) / "00000.png", "masks").parent, 0
     names = iter(names) if names is not None else None
     for m in masks:
         stem = f"{n:05d}" if names is None else next(names, None)

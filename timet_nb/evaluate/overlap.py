@@ -9,7 +9,7 @@ __all__ = ['HOW', 'contingency', 'iou_matrix', 'precision_matrix', 'Match', 'mat
            'boundary_f', 'boundary_radius', 'dice', 'disk', 'id_range', 'jf_stats', 'objects_in', 'outline',
            'pair_scores', 'region_j']
 
-# %% ../../nbs/3_evaluate/30_overlap.ipynb #28e720e0
+# %% ../../nbs/3_evaluate/30_overlap.ipynb #8c60c46f
 from dataclasses import dataclass
 import math
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..base.runtime import ConfigError, DataError
+from ..base.runtime import ConfigError, DataError, expect
 from .boundary import (
     as_ids, as_masks, boundary_f, boundary_radius, dice, disk, id_range, jf_stats, objects_in,
     outline, pair_scores, region_j)
@@ -107,7 +107,7 @@ class Match:
         each = ", ".join(f"{c}: {v:.3f}" for c, v in zip(self.classes.tolist(), self.iou.tolist()))
         return f"Match(miou={self.miou:.4f}, iou={{{each}}}, clusters={self.n_clusters})"
 
-# %% ../../nbs/3_evaluate/30_overlap.ipynb #be521bd6
+# %% ../../nbs/3_evaluate/30_overlap.ipynb #7eb543a0
 def match(
     table: Tensor,                 # (G, P) pixel counts, from `contingency`
     how: str = "hungarian",        # hungarian | many_to_one (IoU) | precision | none (ids agree)
@@ -117,10 +117,11 @@ def match(
 ) -> Match:                        # scores, and the class of every cluster
     "Give each cluster a class and score the result."
     if how not in HOW: raise ConfigError(f"how={how!r}; expected one of {', '.join(HOW)}")
-    table = torch.as_tensor(table).cpu()
+    table = expect(torch.as_tensor(table), "G P", "table of counts", "int", low=0).cpu().long()
     rows, cols = table.sum(1).nonzero()[:, 0], table.sum(0).nonzero()[:, 0]   # what occurs
     mapping = _assign(table, rows, cols, how, unmatched)
-    merged = torch.zeros(len(table), max(*table.shape, int(mapping.max()) + 1), dtype=torch.int64)
+    width = max(*table.shape, *(mapping + 1).tolist())
+    merged = torch.zeros(len(table), width, dtype=torch.int64)
     merged.index_add_(1, mapping[mapping >= 0], table[:, mapping >= 0])
     tp = merged.diagonal()[rows]
     fp, fn = merged.sum(0)[rows] - tp, table.sum(1)[rows] - tp

@@ -44,12 +44,15 @@ def network_size(
         raise ConfigError(f"size={size}: {h:g} x {w:g} pixels is less than one patch of {patch}")
     return tuple(math.floor(x / patch + .5) * patch for x in (h, w))
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #8cce8da6
-def _first_mask(mask):
-    "The first mask as (H, W) ids."
+# %% ../../nbs/3_evaluate/35_track.ipynb #2770697d
+def _first_mask(mask, size):
+    "The first mask as (H, W) ids, of the size of its frame."
     mask = as_ids(mask, "the first mask").cpu()
     if mask.ndim != 2:
         raise DataError(f"the first mask has shape {tuple(mask.shape)}; expected (H, W) ids")
+    if mask.shape != size:
+        raise DataError(f"the first mask is {tuple(mask.shape)}, its frame {tuple(size)} pixels; "
+                        "expected one size (resize_mask brings the mask to it)")
     if not objects_in(mask):
         raise DataError("the first mask holds no object: every pixel is 0 or 255. "
                         "Give a frame in which the object can be seen")
@@ -64,7 +67,7 @@ def _frame(x):
         raise DataError(f"a frame has shape {tuple(x.shape)}; expected (3, H, W) RGB{hint}")
     return x.float() / 255 if x.dtype == torch.uint8 else x.float()
 
-
+# %% ../../nbs/3_evaluate/35_track.ipynb #a6e1be03
 def _number(mask, names):
     "Ids as 0..K-1 in the order of `names`; 255 stays."
     out = torch.full_like(mask, 255)
@@ -77,7 +80,7 @@ def _grow(soft, size):
     grown = F.interpolate(soft[None].float(), size=tuple(size), mode="bilinear")[0]
     return grown.max(0).indices.cpu()
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #f4f36d9b
+# %% ../../nbs/3_evaluate/35_track.ipynb #2ea73a41
 class Tracker:
     "Carries the objects of one mask through a stream, one frame at a time."
     def __init__(
@@ -94,10 +97,10 @@ class Tracker:
         norm: bool = True,         # tokens after the final norm
         chunk: int | None = None,  # target patches at once; None: by memory
     ):
-        self.mask = _first_mask(mask)
+        self.mask = _first_mask(mask, _frame(frame).shape[-2:])
         self.names = torch.tensor([0, *objects_in(self.mask)])   # class k of the grid is names[k]
         self.backbone, self.block, self.norm = backbone, block, norm
-        self.size = network_size(*_frame(frame).shape[-2:], backbone.patch, size)
+        self.size = network_size(*self.mask.shape, backbone.patch, size)
         f = self._tokens(frame)
         labels = ids_to_grid(_number(self.mask, self.names), len(self.names), tuple(f.shape[-2:]))
         self.state = Propagator(labels.to(f.device), f, n_last, topk, radius, temperature, chunk)

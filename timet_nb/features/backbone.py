@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/2_features/backbone.html.md"""
 # %% auto #0
 __all__ = ['NAMES', 'RANDOM', 'CNNS', 'Backbone', 'describe_vit', 'create_backbone']
 
-# %% ../../nbs/2_features/21_backbone.ipynb #d5673372
+# %% ../../nbs/2_features/21_backbone.ipynb #aa6fa16d
 import hashlib
 import math
 from pathlib import Path
@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..base.runtime import CheckpointError, ConfigError, DataError, explain, import_timm
+from ..base.runtime import (CheckpointError, ConfigError, DataError, as_path, explain,
+                                   import_timm)
 from .cnn import CnnBackbone, create_cnn
 from .inputs import (NORMALISE, POSITION_RULES, ImageInput, check_images, fit_size,
                                       resize_positions, _one_of)
@@ -313,9 +314,10 @@ def _dress(vit, name, arch, info, resize, norm, normalise, **options):
     made.prototypes = info.get("prototypes")
     return made
 
-# %% ../../nbs/2_features/21_backbone.ipynb #3e7cd1a0
+# %% ../../nbs/2_features/21_backbone.ipynb #aa5ccd15
 def _find_state(name, path, pretrained, layout, network):
     "Weights and where they came from; (None, {}) for random ones."
+    for p in (name, path or name): as_path(p, CheckpointError, "name of a backbone or a file")
     if path is None and (not pretrained or str(name) in RANDOM): return None, {}
     return weights_for(path or name, layout, network)
 
@@ -336,6 +338,7 @@ def _adopt_table(kwargs, state):
     if {"pos_embed", "patch_embed.proj.weight"} <= set(state):
         kwargs["img_size"] = _table_pixels(state)
 
+# %% ../../nbs/2_features/21_backbone.ipynb #cc5ec818
 def _cut(vit, arch, depth):
     "Keep the first blocks of a ViT and note it in the architecture."
     if not 1 <= depth <= len(vit.blocks):

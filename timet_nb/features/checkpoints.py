@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/2_features/checkpoints.html.md"""
 # %% auto #0
 __all__ = ['file_sha256', 'file_kind', 'count_bad', 'fingerprint', 'save_state', 'load_header', 'load_state']
 
-# %% ../../nbs/2_features/20_checkpoints.ipynb #7f4ebd55
+# %% ../../nbs/2_features/20_checkpoints.ipynb #8a78f646
 import argparse
 import hashlib
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..base.runtime import CheckpointError, atomic_write, explain
+from ..base.runtime import CheckpointError, DataError, as_path, atomic_write, explain
 
 # %% ../../nbs/2_features/20_checkpoints.ipynb #74f99c98
 def file_sha256(
@@ -122,22 +122,31 @@ def fingerprint(
         h.update(t.reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../../nbs/2_features/20_checkpoints.ipynb #df4cc364
+# %% ../../nbs/2_features/20_checkpoints.ipynb #efff8888
 def save_state(
     path: str | Path,            # where to write; the old file stays until the new one is complete
     state: dict[str, Tensor],    # names to tensors
     header: dict | None = None,  # notes kept as JSON: architecture, settings, versions
 ) -> Path:                       # the written path
     "Write a safetensors file atomically, with our notes and a fingerprint in its header."
-    from safetensors.torch import save_file
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = as_path(path)
     state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
     notes = json.dumps(dict(fingerprint=fingerprint(state), notes=header or {}), sort_keys=True,
                        default=str)
-    with atomic_write(path) as tmp:
-        save_file(state, tmp, metadata=dict(timet=notes)); tmp.chmod(0o644)
+    with atomic_write(path) as tmp: _write(path, tmp, state, dict(timet=notes))
     return path
 
+def _write(path, tmp, state, notes):
+    "Write the temporary file; a full disk is told with the name of the real one."
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    try: save_file(state, tmp, metadata=notes)
+    except SafetensorError as e:
+        raise DataError(explain(f"cannot write {path}", _first_line(e), "a folder with space left",
+                                "free some space, or choose another folder")) from e
+    tmp.chmod(0o644)
+
+# %% ../../nbs/2_features/20_checkpoints.ipynb #c482ce38
 def _metadata(path):
     "What our own files keep in their header: fingerprint and notes; {} for other files."
     if file_kind(path) != "safetensors": return {}
@@ -161,7 +170,7 @@ def _check_fingerprint(state, path):
     if known and fingerprint(state) != known:
         raise _refuse(path, "the weights differ from the fingerprint in their header")
 
-# %% ../../nbs/2_features/20_checkpoints.ipynb #49d8d04c
+# %% ../../nbs/2_features/20_checkpoints.ipynb #28b70f56
 def load_state(
     path: str | Path,           # .safetensors, .pth, .pt or .ckpt; its content decides
     sha256: str | None = None,  # expected SHA-256, or its first digits; None: not compared
@@ -169,7 +178,7 @@ def load_state(
     verify: bool = True,        # compare the checksums that the file carries
 ) -> dict:                      # flat {name: tensor}, or nested as the training script wrote it
     "Read a checkpoint without ever running code from it."
-    path = Path(path).expanduser()
+    path = as_path(path, CheckpointError).expanduser()
     if not path.is_file():
         raise CheckpointError(explain(str(path), "no such file", "a .safetensors or .pth file"))
     if sha256 and not file_sha256(path).startswith(sha256.lower()):

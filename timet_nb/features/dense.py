@@ -118,7 +118,7 @@ def _clip_source(clip, size, backbone, step, on_error, key_on):
     files = clip.frames[::step] if clip.frames else (clip.video,)
     return Source(clip.name, hw, _frames, lambda: _identity(files, key_on))
 
-# %% ../../nbs/2_features/22_dense.ipynb #6e3bdd84
+# %% ../../nbs/2_features/22_dense.ipynb #c0e6ddab
 def _tensor_source(name, x, size, backbone, step):
     "A Source for frames that are in memory already."
     if not isinstance(x, Tensor) or x.ndim != 4:
@@ -129,7 +129,14 @@ def _tensor_source(name, x, size, backbone, step):
         for i, frame in enumerate(x): yield i * step, f"{name}, frame {i * step}", resize(frame, hw)
     return Source(name, hw, _frames, lambda: fingerprint({"frames": x}).encode())
 
-# %% ../../nbs/2_features/22_dense.ipynb #bb207843
+def _no_clip(x):
+    "Say what was passed in place of a clip."
+    return DataError(explain(
+        "source", f"{str(x)!r:.60} ({type(x).__name__})",
+        "a Layout, a Clip, several, a (T, 3, H, W) tensor or {name: tensor}",
+        "find_layout(folder) makes clips of files"))
+
+# %% ../../nbs/2_features/22_dense.ipynb #e9cdba5a
 def sources(
     source,                     # Layout, Clip, Clips, (T, 3, H, W) tensor, or {name: tensor}
     backbone,                   # decides which sizes patches fill
@@ -145,7 +152,9 @@ def sources(
     if isinstance(source, Tensor): source = {"clip": source}
     if isinstance(source, dict):
         return [_tensor_source(n, x, size, backbone, step) for n, x in source.items()]
-    clips = [source] if hasattr(source, "video") else list(source)
+    one = hasattr(source, "video") or not hasattr(source, "__iter__")
+    clips = [source] if one else list(source)
+    if odd := [c for c in clips if not hasattr(c, "video")]: raise _no_clip(odd[0])
     if not clips: raise DataError(explain("source", "no clips", "one or more"))
     names = [c.name for c in clips]
     if twice := sorted({n for n in names if names.count(n) > 1}):

@@ -263,7 +263,7 @@ def require(
                               f"{min_fraction:.0%} and no shape in conflict. Nothing was loaded")
     return self
 
-# %% ../../nbs/2_features/20_keys.ipynb #4655db79
+# %% ../../nbs/2_features/20_keys.ipynb #7c54d0c8
 def load_into(
     model: nn.Module,          # the model to fill
     state: dict[str, Tensor],  # names to tensors, under the model's own names
@@ -272,6 +272,9 @@ def load_into(
     verbose: bool = False,     # print the report also when everything fits
 ) -> LoadReport:               # what fitted and what did not
     "Fill a model after the report has been checked; a refused file changes nothing."
+    if not isinstance(state, dict):
+        got = f"{str(state)!r:.60} ({type(state).__name__})"
+        raise CheckpointError(explain("state", got, "names to tensors", "load_state(path) first"))
     if bad := [k for k, v in state.items() if count_bad(v)]:
         raise CheckpointError(f"{source or 'weights'}: NaN or infinity in {', '.join(bad[:4])}. "
                               "Nothing was loaded")
