@@ -34,7 +34,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE / "golden"
-CHECKS = ("tests.parity_timet", "tests.parity_timet_loss", "tests.parity_dcsam")
+CHECKS = ("tests.parity_timet", "tests.parity_timet_loss", "tests.parity_dcsam", "tests.parity_sine_metrics")
 ALWAYS_INPUT = "sd/* in/* cfg/* rng/* config_json seed"
 
 
@@ -93,7 +93,7 @@ class Arrays(dict):
     "The arrays of one file by name; arrays that cannot be read are missing here and listed in `.broken`."
     def __init__(self, path: Path):
         super().__init__()
-        self.broken: dict[str, str] = {}
+        self.path, self.broken = path, {}      # broken: {name: why it cannot be read}
         with zipfile.ZipFile(path) as z: names = [n.removesuffix(".npy") for n in z.namelist()]
         with np.load(path, allow_pickle=False) as z:
             for n in names:

@@ -107,14 +107,14 @@ def same_partition(golden, ours, mode):
 def cbfe(z):
     clusters, gt = z["clusters"], z["gt"]
     p = cluster_precision(clusters, z["attention_mask"][:, 0], z.scalar("k"))
-    threshold, table = choose_threshold(clusters, gt, p)
+    threshold, table = choose_threshold(clusters, gt, p, void="foreground")
     found = foreground(clusters, p, threshold)
     yield "cluster_precisions", p, 1e-9
     yield "threshold_table", table, 1e-6        # the golden IoU is float32
     yield "threshold", threshold, 1e-9
     yield "foreground", found.to(torch.uint8), 0
-    yield "jaccard_with_boundary", lambda: image_iou(gt, found), 1e-6
-    yield "jaccard_without_boundary", lambda: image_iou(gt, found, boundary=False), 1e-6
+    yield "jaccard_with_boundary", lambda: image_iou(gt, found, void="foreground"), 1e-6
+    yield "jaccard_without_boundary", lambda: image_iou(gt, found, void="background"), 1e-6
 
 
 @covers("timet/hummingbird", inputs="train_features train_masks queries n_neighbours beta patch_size "

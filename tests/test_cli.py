@@ -33,7 +33,7 @@ def toy(tmp_path):
 def test_help_lists_every_verb_with_a_sentence():
     done = timet("--help")
     assert done.returncode == 0
-    for verb in ("doctor", "frames", "tune", "eval", "propagate", "run", "clips", "visor", "look"):
+    for verb in ("doctor", "frames", "tune", "eval", "measure", "compare", "propagate", "run", "clips", "visor", "look"):
         assert f"\n  {verb} " in done.stdout, verb
     assert "source" in timet("tune", "--help").stdout and "never changed" in timet("frames", "--help").stdout
 
@@ -80,14 +80,15 @@ def test_propagate_writes_one_mask_a_frame(tmp_path):
     assert again.returncode == 1 and "not empty" in again.stderr
 
 
-def test_eval_prints_a_table_and_records_it(tmp_path):
-    done = timet("eval", "test-vit", ROOT / "data" / "clips", "--protocol", "track", "--frames", "3", "--size", "64", "--out", tmp_path)
+def test_measure_prints_a_row_a_clip_and_records_it(tmp_path):
+    done = timet("measure", "test-vit", ROOT / "data" / "clips", "--protocol", "track", "--frames", "3", "--size", "64", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "| mean |" in done.stdout and "cat-wall" in done.stdout
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["name"] == "J" and 0 <= row["value"] <= 1 and row["clips"] == 12
-    wrong = timet("eval", "test-vit", ROOT / "data" / "clips", "--protocol", "clutser")
-    assert wrong.returncode == 1 and "clutser" in wrong.stderr
+    for verb in ("measure", "eval"):
+        wrong = timet(verb, "test-vit", ROOT / "data" / "clips", "--protocol", "clutser")
+        assert wrong.returncode == 1 and "clutser" in wrong.stderr
 
 
 def test_tune_leaves_a_vit_that_plain_timm_loads(tmp_path):

@@ -1,16 +1,25 @@
 "31_cluster: k-means, maps and scores against brute force, planted regions, and every bad input."
 import itertools
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.conftest import ROOT
 from timet_nb.base.runtime import ConfigError, DataError
-from timet_nb.evaluate.cluster import (assign_maps, best_union, cluster_maps, cluster_report, evaluate_clustering, kmeans,
-                                       least_border, nearest, prototype_scores, score_maps, upsampled_points)
+from timet_nb.data.classes import ClassSet, Item, class_set
+from timet_nb.data.frames import read_image, voc_palette, write_image, write_mask
+from timet_nb.data.layout import Clip
+from timet_nb.evaluate import overcluster
+from timet_nb.evaluate.cluster import (CLUSTER_PRESETS, assign_maps, best_union, cluster_maps, cluster_report, cluster_stream,
+                                       draw_pixels, evaluate_clustering, kmeans, least_border, nearest, prototype_scores, score_maps,
+                                       store_maps, upsampled_points)
 from timet_nb.evaluate.overlap import score
+from timet_nb.features.pca import pca_fit
 
 
 def planted(T=3, D=12, h=6, w=8, k=3, noise=.05, seed=0):
@@ -288,3 +297,293 @@ def test_evaluate_clustering_wants_masks(clips):
     import dataclasses
     bare = [dataclasses.replace(clips[0], masks=None)]
     with pytest.raises(DataError, match="no masks"): evaluate_clustering(Colours(), bare, frames=2, size=64)
+
+
+# ---- a data set of any size ----
+
+class Forgetful:
+    "Features that are made when asked for; counts how often."
+    def __init__(self, clips): self.clips, self.asked = clips, 0
+    def __len__(self): return len(self.clips)
+    def __getitem__(self, i): self.asked += 1; return self.clips[i].clone()
+
+
+@pytest.mark.parametrize("mode", ["frame", "clip", "dataset"])
+@pytest.mark.parametrize("official", [False, True])
+def test_stream_equals_memory_to_the_bit(mode, official):
+    clips = [planted(T, noise=1., seed=s)[0] for s, T in enumerate((3, 1, 40))]
+    lazy = Forgetful(clips)
+    got = list(cluster_stream(lazy, 5, mode, 6, (13, 17), official=official))
+    want = cluster_maps(clips, 5, mode, 6, (13, 17), official=official)
+    assert all((a == b).all() for a, b in zip(got, want)) and len(got) == 3
+    assert lazy.asked <= 9                                       # three passes at most
+
+
+@pytest.mark.parametrize("mode", ["frame", "clip", "dataset"])
+def test_stream_equals_upsampling_everything_with_the_same_sample(mode):
+    clips, size, k = [planted(2, noise=1., seed=s)[0] for s in range(3)], (24, 32), 4
+    got = list(cluster_stream(clips, k, mode, 6, size, masks=None))
+    groups = {"frame": [[(c, t)] for c in range(3) for t in range(2)], "clip": [[(c, 0), (c, 1)] for c in range(3)],
+              "dataset": [[(c, t) for c in range(3) for t in range(2)]]}[mode]
+    for members in groups:
+        shared = range(3) if mode == "dataset" else [members[0][0]]
+        fit = pca_fit(torch.cat([clips[c].movedim(1, -1).flatten(0, 2) for c in shared]), 6)
+        grown = torch.cat([F.interpolate(fit.maps(clips[c][t:t + 1]), size=size, mode="bilinear").movedim(1, -1).flatten(0, 2) for c, t in members])
+        pick = draw_pixels(len(grown), min(len(grown), 256 * k))
+        pick = pick[(pick // (size[0] * size[1])).argsort(stable=True)]
+        want = nearest(grown, kmeans(grown[pick], k)[1])
+        have = torch.cat([got[c][t].flatten() for c, t in members])
+        assert (have != want).float().mean() < 2e-3              # ties of rounding only
+
+
+def test_assign_maps_in_pieces_is_the_same():
+    g = torch.Generator().manual_seed(0)
+    z, centres = torch.randn(2, 5, 6, 8, generator=g), torch.randn(23, 5, generator=g)
+    whole = assign_maps(z, centres, (24, 32))
+    for some in (1, 2, 7, 22): assert (assign_maps(z, centres, (24, 32), room=some * 24 * 32) == whole).all()
+
+
+def test_a_draw_is_without_repeats_and_needs_no_permutation():
+    for total in (100, 2**22, 2**22 + 1, 10**13):
+        pick = draw_pixels(total, 100, seed=3)
+        assert len(pick.unique()) == 100 and 0 <= pick.min() and pick.max() < total
+        assert (pick == draw_pixels(total, 100, seed=3)).all() and not (pick == draw_pixels(total, 100, seed=4)).all()
+
+
+@pytest.mark.parametrize("lot", [1, 3, 64])
+def test_stored_maps_are_the_features(clips, tmp_path, monkeypatch, lot):
+    monkeypatch.setattr(overcluster, "LOT", lot)
+    paths = [c.frames[:n] for c, n in zip(clips, (2, 4, 1))]
+    stored = store_maps(Colours(), paths, 32, tmp_path, batch=2)
+    for i, files in enumerate(paths):
+        want = Colours().tokens(torch.stack([read_image(f, (32, 32)) for f in files]))
+        assert stored[i].shape == want.shape and (stored[i] - want).abs().max() < 1e-5
+    with pytest.raises(IndexError): stored[3]
+
+
+def test_features_are_kept_in_a_folder_when_asked(clips, tmp_path):
+    class Counting(Colours):
+        calls = 0
+        def tokens(self, x, **_): Counting.calls += len(x); return super().tokens(x)
+    kw = dict(k=3, frames=2, size=32, map_size=16, pca=4, cache=tmp_path)
+    first = evaluate_clustering(Counting(), clips.select(clips.names()[:2]), **kw)
+    again = evaluate_clustering(Counting(), clips.select(clips.names()[:2]), **kw | dict(mode="frame"))
+    assert Counting.calls == 4 and first["miou"] > 0 and again["pictures"] == 4
+
+
+PEAK = '''
+import sys, threading, psutil, torch
+from tests.test_cluster import Colours
+from timet_nb.data.catalog import Clip
+from timet_nb.data.layout import find_layout
+from timet_nb.data.worlds import shipped_clips
+from timet_nb.evaluate.cluster import evaluate_clustering
+torch.set_num_threads(1)
+base = list(find_layout(shipped_clips()))[:2]
+def clips(times): return [Clip(f"{c.name}-{i}", c.frames, c.masks) for i in range(times) for c in base]
+resident = lambda: psutil.Process().memory_info().rss / 2**20
+def peak(times, mode):
+    before, top, done = resident(), [0.], threading.Event()
+    def look():
+        while not done.wait(.002): top[0] = max(top[0], resident())
+    eye = threading.Thread(target=look); eye.start()
+    r = evaluate_clustering(Colours(), clips(times), k=10, mode=mode, how="precision", size=64, map_size=448, keep=int(sys.argv[1]), pca=6)
+    done.set(); eye.join()
+    return top[0] - before
+peak(1, "clip")
+for mode in ("clip", "dataset"): print(*[peak(n, mode) for n in (1, 2, 4)])
+'''
+
+
+def peaks(keep):
+    done = subprocess.run([sys.executable, "-c", PEAK, str(keep)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
+
+
+def test_memory_does_not_grow_with_the_clips():
+    "8 clips of 4 maps of 448 x 448 are 51 MB of labels, as much of masks, and 154 MB of features for every pixel: none is held."
+    for one, two, four in peaks(keep=0): assert four < max(one, 15) + 40, (one, two, four)
+
+
+# ---- class ids, and every bad input ----
+
+RED, BLUE = (220, 30, 30), (30, 60, 220)
+
+
+def make_set(root, kind="palette", n=3, clips=2, void=False, side=48):
+    "Clips with a red square (class 1) and a blue bar (class 2) that change places; masks of several kinds."
+    layout = []
+    for c in range(clips):
+        frames, masks = [], []
+        for t in range(n):
+            ids = torch.zeros(side, side, dtype=torch.int64)
+            ids[8:24, 4 + 6 * t:20 + 6 * t] = 1 if c % 2 == 0 else 2
+            ids[32:40, 4:44] = 2 if c % 2 == 0 else 1
+            if void: ids[:4] = 255
+            image = torch.full((3, side, side), .4) + .1 * torch.rand(3, side, side, generator=torch.Generator().manual_seed(t))
+            for i, colour in ((1, RED), (2, BLUE)): image[:, ids == i] = torch.tensor(colour)[:, None] / 255
+            f, m = root / "JPEGImages" / f"c{c}" / f"{t:05d}.png", root / "Annotations" / f"c{c}" / f"{t:05d}.png"
+            write_image(f, image)
+            if kind == "palette": write_mask(m, ids)
+            else:
+                from PIL import Image
+                m.parent.mkdir(parents=True, exist_ok=True)
+                values = voc_palette()[ids.numpy()] if kind == "rgb" else ids.numpy().astype(np.uint8)
+                Image.fromarray(values).save(m)
+            frames.append(f); masks.append(m)
+        layout.append(Clip(f"c{c}", tuple(frames), tuple(masks)))
+    return layout
+
+
+def as_classes(layout, names=("red", "blue")):
+    items = [Item(f"{c.name}/{f.stem}", f, m, c.name) for c in layout for f, m in zip(c.frames, c.masks)]
+    return ClassSet(("background", *names), tuple(items))
+
+
+SMALL = dict(size=48, map_size=48, pca=None)
+
+
+@pytest.mark.parametrize("kind", ["palette", "rgb", "grey"])
+@pytest.mark.parametrize("mode", ["frame", "clip", "dataset"])
+def test_masks_of_every_kind_score_alike(tmp_path, kind, mode):
+    classes = as_classes(make_set(tmp_path, kind))
+    r = evaluate_clustering(Colours(), classes, mode=mode, **SMALL)
+    assert r["masks"][0].unique().tolist() == [0, 1, 2] and set(r["iou"]) == {"background", "red", "blue"}
+    want = evaluate_clustering(Colours(), as_classes(make_set(tmp_path / "again")), mode=mode, **SMALL)
+    assert r["miou"] == want["miou"] > .6 and r["absent"] == ()
+
+
+@pytest.mark.parametrize("mode", ["frame", "clip", "dataset"])
+def test_255_is_left_out_in_every_mode(tmp_path, mode):
+    classes = as_classes(make_set(tmp_path, void=True))
+    r = evaluate_clustering(Colours(), classes, mode=mode, **SMALL)
+    assert 255 in r["masks"][0] and set(r["iou"]) == {"background", "red", "blue"}
+    changed = [torch.where(g == 255, (p + 1) % 3, p) for g, p in zip(r["masks"], r["maps"])]
+    assert score_maps(r["masks"], changed, mode).miou == r["miou"]          # what is predicted there does not matter
+    official = evaluate_clustering(Colours(), classes, mode=mode, official=True, **SMALL)
+    assert ("255" in official["iou"]) == (mode != "dataset")                # the authors drop it data-set-wise alone
+    assert len(r["maps"][0][0].unique()) <= 3                               # nor is it counted as a label
+
+
+@pytest.mark.parametrize("mode", ["frame", "clip", "dataset"])
+def test_pixels_all_unknown_leave_their_item_out(mode):
+    gt, pred = labels(0)
+    r = score_maps([gt, torch.full_like(gt, 255)], [pred, pred], mode)
+    assert r.miou == pytest.approx(score_maps([gt], [pred], mode).miou)
+    assert len(r.skipped) == {"frame": 3, "clip": 1, "dataset": 0}[mode]
+    assert math.isnan(score_maps([torch.full_like(gt, 255)], [pred], mode).miou)
+
+
+def test_absent_classes_are_named_and_not_in_the_mean(tmp_path):
+    layout = make_set(tmp_path)
+    full = evaluate_clustering(Colours(), as_classes(layout), k=3, mode="dataset", **SMALL)
+    more = evaluate_clustering(Colours(), as_classes(layout, ("red", "blue", "green", "grey")), k=3, mode="dataset", **SMALL)
+    assert more["absent"] == ("green", "grey") and more["miou"] == full["miou"]
+    assert math.isnan(more["iou"]["green"]) and more["iou"]["red"] == full["iou"]["red"]
+
+
+def test_ids_beyond_the_classes_name_the_mask(tmp_path):
+    with pytest.raises(DataError, match=r"00000.png.*\n?.*class 2"): evaluate_clustering(Colours(), as_classes(make_set(tmp_path), ("red",)), **SMALL)
+
+
+@pytest.mark.parametrize("mode, words", [("frame", "clip c0, frame 0: k=3000 clusters of 2304 pixels"),
+                                         ("clip", r"clip c0 \(3 frames\): k=7000"), ("dataset", "all 6 frames: k=14000")])
+def test_more_clusters_than_pixels(tmp_path, mode, words):
+    k = {"frame": 3000, "clip": 7000, "dataset": 14000}[mode]
+    with pytest.raises(DataError, match=words): evaluate_clustering(Colours(), as_classes(make_set(tmp_path)), k=k, mode=mode, **SMALL)
+
+
+@pytest.mark.parametrize("mode", ["frame", "clip", "dataset"])
+def test_nan_features_name_the_picture(tmp_path, mode):
+    class Broken(Colours):
+        def tokens(self, x, **_):
+            f = super().tokens(x)
+            f[(x[:, 0, 8:24, 16:32].mean((1, 2)) > .8)] = math.nan             # the red square in the middle: frame 2 of c0
+            return f
+    with pytest.raises(DataError, match=r"c0.00002.png.*NaN"): evaluate_clustering(Broken(), as_classes(make_set(tmp_path)), mode=mode, **SMALL)
+    maps = torch.zeros(4, 3, 5, 5); maps[2, 0, 0, 0] = math.nan
+    with pytest.raises(DataError, match=r"features\[horse\]: NaN.*frame 2"): list(cluster_stream([maps], 2, mode, names=["horse"]))
+
+
+def test_images_smaller_than_a_patch(tmp_path):
+    classes = as_classes(make_set(tmp_path / "small", side=48))
+    from timet_nb.features.backbone import create_backbone
+    vit = create_backbone("test-vit").eval()
+    with pytest.raises(DataError, match="patch"): evaluate_clustering(vit, classes, size=4, map_size=16, k=2)
+    tiny, ids = tmp_path / "t.png", tmp_path / "m.png"
+    write_image(tiny, torch.rand(3, 5, 3)); write_mask(ids, torch.tensor([[0, 1, 1]] * 5))
+    r = evaluate_clustering(vit, ClassSet(("background", "a"), (Item("t", tiny, ids, "t"),)), size=32, map_size=16, k=2)
+    assert r["maps"][0].shape == (1, 16, 16) and 0 < r["miou"] <= 1          # it is brought to the size of the input
+
+
+@pytest.mark.parametrize("how", ["hungarian", "precision", "many_to_one"])
+def test_an_empty_cluster_and_an_empty_class_change_nothing(how):
+    gt, pred = labels(0)
+    hole, gap = torch.where(pred >= 2, pred + 1, pred), torch.where(gt == 2, 3, gt)      # cluster 2, class 2 do not occur
+    a, b = (score_maps([g], [p], "clip", how) for g, p in ((gt, pred), (gap, hole)))
+    assert a.miou == b.miou and b.items[0].n_clusters == a.items[0].n_clusters and 2 not in b.iou
+    extreme = torch.cat([torch.randn(3, 4, 6, 8), torch.full((1, 4, 6, 8), 50.)])        # k-means with more centres than heaps
+    m, = cluster_maps([extreme], 40, "clip", None)
+    assert m.max() < 40 and score_maps([m.clamp(max=1)], [m], "clip", how).miou > 0
+
+
+# ---- presets and sources ----
+
+def test_presets_are_the_rows_of_the_papers():
+    rows = {n: (p["mode"], p["k"], p["how"]) for n, p in CLUSTER_PRESETS.items()}
+    assert rows == {"F": ("frame", None, "hungarian"), "C": ("clip", None, "hungarian"), "D": ("dataset", None, "hungarian"),
+                    "OC-F": ("frame", 10, "precision"), "OC-C": ("clip", 10, "precision"), "OC-D": ("dataset", "paper", "precision"),
+                    "VOC-21": ("dataset", 21, "hungarian"), "VOC-500": ("dataset", 500, "precision")}
+    assert all(p["size"] == 224 and p["pca"] == 50 for p in CLUSTER_PRESETS.values())
+
+
+@pytest.mark.parametrize("name", list(CLUSTER_PRESETS))
+def test_every_preset_runs_on_a_class_set(tmp_path, name):
+    r = evaluate_clustering(Colours(), as_classes(make_set(tmp_path)), **CLUSTER_PRESETS[name] | SMALL)
+    assert 0 < r["miou"] <= 1 and r["k"] == {"OC-D": 500, "VOC-21": 21, "VOC-500": 500, "OC-F": 10, "OC-C": 10}.get(name)
+
+
+def test_the_papers_k_depends_on_the_data(clips, tmp_path):
+    few = clips.select(clips.names()[:2])
+    assert evaluate_clustering(Colours(), few, "paper", "dataset", frames=1, **SMALL)["k"] == 200      # laid out as DAVIS
+    foreground = class_set(few, meaning="foreground").select([0, 25])
+    assert evaluate_clustering(Colours(), foreground, "paper", "dataset", frames=1, **SMALL)["k"] == 200
+    with pytest.raises(ConfigError, match="'paper'"): evaluate_clustering(Colours(), few, "many", **SMALL)
+    with pytest.raises(ConfigError, match="k=0"): evaluate_clustering(Colours(), few, 0, **SMALL)
+
+
+def test_stills_are_scored_picture_by_picture(tmp_path):
+    layout = make_set(tmp_path, n=1, clips=5)
+    r = evaluate_clustering(Colours(), as_classes(layout), mode="frame", **SMALL)
+    assert len(r["score"].items) == r["pictures"] == 5                      # no picture is drawn twice
+    clip = evaluate_clustering(Colours(), as_classes(layout), mode="clip", **SMALL)
+    assert clip["miou"] == r["miou"]                                        # a still is a clip of one frame
+    official = evaluate_clustering(Colours(), as_classes(layout), mode="frame", official=True, **SMALL)
+    assert official["pictures"] == 20                                       # the authors draw with repeats
+
+
+def test_ids_are_semantic_in_a_class_set(clips):
+    "horse-desert has objects 1 and 2; in the class set they are horse and person, as in the other clips."
+    classes = class_set(clips)
+    few = classes.select(lambda i: i.group in ("horse-desert", "astronaut-lawn"))
+    r = evaluate_clustering(Colours(), few, mode="dataset", frames=2, **SMALL)
+    seen = {n for n, v in r["iou"].items() if not math.isnan(v)}
+    assert seen == {"background", "horse", "person"} and r["k"] is None
+    assert set(r["absent"]) == {"cat", "cup", "helmet", "rocket"}
+    assert len(torch.cat(r["maps"]).unique()) <= 3
+
+
+def test_large_results_are_scored_and_forgotten(clips):
+    few = clips.select(clips.names()[:2])
+    kept = evaluate_clustering(Colours(), few, 3, frames=2, **SMALL)
+    gone = evaluate_clustering(Colours(), few, 3, frames=2, keep=1000, **SMALL)
+    assert gone["maps"] is gone["masks"] is None and gone["miou"] == kept["miou"] and len(kept["maps"]) == 2
+
+
+@pytest.mark.data
+def test_real_pairs_have_their_classes(real_data):
+    classes = class_set(real_data / "davis2016_pairs")
+    few = classes.select(range(12))
+    r = evaluate_clustering(Colours(), few, 20, "dataset", "precision", size=64, map_size=56, pca=6)
+    assert len(r["iou"]) == 24 and 0 < r["miou"] < 1 and r["pictures"] == 12

@@ -141,8 +141,8 @@ def test_no_folder_and_empty_folder(tmp_path, capsys):
 
 
 def test_systems_to_come_are_not_covered(capsys):
-    code, body, last = lines(capsys, GOLDEN, "--only", "sine/fss_metric")
-    assert code == 0 and last == "parity: 0 agree, 0 differ, 2 not covered" and all("system not built yet" in l for l in body)
+    code, body, last = lines(capsys, GOLDEN, "--only", "sine/position_encoding")
+    assert code == 0 and last.startswith("parity: 0 agree, 0 differ, ") and len(body) > 1 and all("system not built yet" in l for l in body)
 
 
 # ---- the runner ----

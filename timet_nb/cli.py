@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/cli.html.md"""
 # %% auto #0
 __all__ = ['COMMANDS', 'command', 'call', 'suite_dir', 'find_notebook', 'notebook_parameters', 'check_parameters',
            'NotebookFailed', 'run_notebook', 'doctor', 'frames', 'visor', 'clips', 'look', 'tune', 'with_settings',
-           'propagate', 'eval_', 'run', 'main']
+           'propagate', 'measure', 'eval_', 'compare', 'run', 'main']
 
 # %% ../nbs/99_cli.ipynb #9845163b
 import inspect, json, os, re, sys, time
@@ -25,7 +25,7 @@ def command(
     COMMANDS[f.__name__.rstrip("_").replace("_", "-")] = f
     return f
 
-# %% ../nbs/99_cli.ipynb #2b9a5e64
+# %% ../nbs/99_cli.ipynb #19449733
 def call(
     f,                # the function behind a verb
     argv: list[str],  # the words after the verb
@@ -35,7 +35,10 @@ def call(
     from fastcore.script import anno_parser
     params = inspect.signature(f).parameters
     pos = [k for k, p in params.items() if p.default is inspect.Parameter.empty]
-    args = vars(anno_parser(f, prog=prog, pos=pos).parse_args(argv))
+    parser = anno_parser(f, prog=prog, pos=pos)
+    for a in parser._actions:
+        if a.type == list[str]: a.type, a.nargs = str, "+"      # several words
+    args = vars(parser.parse_args(argv))
     return f(**{k: v for k, v in args.items() if k in params})
 
 # %% ../nbs/99_cli.ipynb #8ac2fb15
@@ -329,9 +332,9 @@ def propagate(
     masks = track(vit, layout[0], ids, size=size)
     print(f"{write_tracks(masks, out)} masks written: {out}")
 
-# %% ../nbs/99_cli.ipynb #48b719ff
+# %% ../nbs/99_cli.ipynb #29f4cfbd
 @command
-def eval_(
+def measure(
     backbone: str,                            # a backbone's name, or a checkpoint file
     source: str,                              # folder in a known layout, with masks
     protocol: str = "cluster,overcluster,track",   # any of cluster, overcluster, track, comma-separated
@@ -344,8 +347,8 @@ def eval_(
 ):
     "Measure a backbone on labelled clips: per-clip clustering, over-clustering, label propagation."
     from timet_nb.base.record import record, table
-    from timet_nb.evaluate.measure import mean_row, measure
-    rows = measure(backbone, source, protocol.split(","), size, every, 0, frames, seeds, device)
+    from timet_nb.evaluate.measure import mean_row, measure as run_measure
+    rows = run_measure(backbone, source, protocol.split(","), size, every, 0, frames, seeds, device)
     mean = mean_row(rows)
     print(table([*rows, mean]).markdown)
     if not out: return
@@ -353,6 +356,52 @@ def eval_(
         about = dict(backbone=backbone, data=Path(source).name, clips=len(rows), seeds=seeds)
         if name != "clip": record(name, value, out=out, **about)
     print(f"written: {Path(out) / 'metrics.jsonl'}")
+
+# %% ../nbs/99_cli.ipynb #e8a83667
+@command
+def eval_(
+    backbone: str,            # a backbone's name, or a checkpoint file
+    data: str,                # folder in a known layout, with masks
+    protocol: str = "",       # some of cluster,overcluster,linear,retrieve,foreground,track,incontext; "": all
+    preset: str = "mini",     # mini: a laptop's settings; paper: the paper's
+    seeds: int = 3,           # seeds 0..n-1 of every draw
+    device: str = "auto",     # auto, cpu, cuda, cuda:1
+    out: str = "",            # folder for parts and report; "": reports/<backbone>-<data>-<preset>
+    name: str = "",           # what tables call the backbone; "": its own name
+):
+    "Judge a backbone by every dense protocol: one table as JSON, Markdown and a figure; resumable."
+    from timet_nb.evaluate.report import evaluate, label_of, markdown
+    folder = Path(out or Path("reports") / f"{label_of(backbone)}-{Path(data).name}-{preset}")
+    report = evaluate(backbone, data, protocol or None, preset, seeds, folder, device, name, print)
+    print(f"\n{markdown(report)}")
+    print(f"{report.reused} parts were there, {report.computed} computed; written: {folder}")
+    if report.failed:
+        raise DataError("; ".join(f"{r['protocol']} {r['status']}" for r in report.failed))
+
+# %% ../nbs/99_cli.ipynb #33784262
+@command
+def compare(
+    backbones: list[str],     # names, checkpoint files, or folders of earlier reports
+    data: str = "",           # folder in a known layout; "": only where all are folders of reports
+    protocol: str = "",       # as in `timet eval`
+    preset: str = "mini",     # mini or paper
+    seeds: int = 3,           # seeds 0..n-1 of every draw
+    device: str = "auto",     # auto, cpu, cuda, cuda:1
+    out: str = "reports",     # folder: a report for each backbone, and the comparison
+):
+    "Set several backbones side by side: one row a metric, one column a backbone."
+    from timet_nb.evaluate import report as R
+    def _one(b):
+        if (Path(b) / "report.json").exists(): return R.load_report(b)
+        if not data: raise ConfigError(f"{b} is no folder of a report: give --data to judge it")
+        folder = Path(out) / f"{R.label_of(b)}-{Path(data).name}-{preset}"
+        return R.evaluate(b, data, protocol or None, preset, seeds, folder, device, "", print)
+    reports = [_one(b) for b in backbones]
+    side = R.compare(reports)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    (Path(out) / "compare.md").write_text(side.markdown + "\n", encoding="utf-8")
+    R.comparison_figure(reports).savefig(Path(out) / "compare.png", dpi=110)
+    print(f"\n{side.markdown}\nwritten: {Path(out) / 'compare.md'}")
 
 # %% ../nbs/99_cli.ipynb #253107ea
 def run(

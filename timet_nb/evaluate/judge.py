@@ -7,8 +7,9 @@ Docs: https://timet-nb.github.io/timet_nb/3_evaluate/judge.html.md"""
 # %% auto #0
 __all__ = ['NUMBERS', 'TrackScore', 'score_track', 'TrackRows', 'evaluate_folder', 'write_tracks', 'accumulated_iou']
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #5042a12a
+# %% ../../nbs/3_evaluate/35_judge.ipynb #5f0bf0df
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from itertools import zip_longest
 import math
 from pathlib import Path
@@ -21,20 +22,25 @@ import torch
 from torch import Tensor
 
 from ..base.runtime import ConfigError, DataError, explain, progress
-from ..data.frames import IMAGE_TYPES, make_folder, read_mask, write_mask
+from ..data.catalog import Clip
+from ..data.decode_masks import clip_colours
+from ..data.frames import IMAGE_TYPES, make_folder, write_mask
 from ..data.layout import natural_key
-from .boundary import as_ids, jf_stats, objects_in, pair_scores
+from .boundary import as_ids, id_range, jf_stats, objects_in
+from .fastjf import crew, frame_table, score_frames
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #cfc71c93
+# %% ../../nbs/3_evaluate/35_judge.ipynb #4beca86e
 class TrackScore:
     "Collects J and F of every object, frame by frame; keeps numbers, not masks."
     def __init__(
         self,
-        skip_ends: bool = True,   # leave out the first and the last frame, as DAVIS does
+        skip_ends: bool | None = None,  # leave out both ends; None: as DAVIS, unless `matched`
         matched: bool = False,    # ids of the prediction are free: match them to the true objects
         bound_th: float = .008,   # tolerance of F as a share of the diagonal
+        proposals: int | None = 20,  # matched: refuse more predicted ids than this; None: any
     ):
-        self.skip_ends, self.matched, self.bound_th = skip_ends, matched, bound_th
+        self.skip_ends = not matched if skip_ends is None else skip_ends
+        self.matched, self.bound_th, self.proposals = matched, bound_th, proposals
         self.seen, self.held, self.frames, self.objects = 0, None, [], set()
 
     def add(
@@ -43,6 +49,9 @@ class TrackScore:
         pred,   # (H, W) integer ids
     ) -> None:
         "Take the next frame; with `skip_ends` it is scored when another one follows."
+        gt, pred = _whole_ids(gt, "gt"), _whole_ids(pred, "pred")
+        if gt.shape != pred.shape:
+            raise DataError(explain("pred", f"{pred.shape} pixels", f"{gt.shape}, as gt"))
         self.objects |= set(objects_in(gt))
         if not self.skip_ends: self._score(gt, pred)
         elif self.seen:
@@ -50,14 +59,19 @@ class TrackScore:
             self.held = gt, pred
         self.seen += 1
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #2b5a7f16
+# %% ../../nbs/3_evaluate/35_judge.ipynb #672e1eba
+def _whole_ids(mask, name):
+    "A mask as (H, W) uint8 or uint16."
+    ids = as_ids(mask, name).cpu()
+    if ids.ndim != 2: raise DataError(explain(name, f"shape {tuple(ids.shape)}", "(H, W) ids"))
+    top = id_range(ids.flatten(), name=name) - 1
+    return ids.numpy().astype(np.uint8 if top < 256 else np.uint16)
+
+
 @patch
 def _score(self: TrackScore, gt, pred):
     "Keep J and F of every pair, and where each id stands in the table."
-    g, p = objects_in(gt), objects_in(pred)
-    J, F = pair_scores(gt, pred, g, p, self.bound_th)
-    place = lambda ids: {o: i for i, o in enumerate(ids)}
-    self.frames.append((place(g), place(p), J.numpy(), F.numpy()))
+    self.frames.append(frame_table(gt, pred, self.bound_th))
 
 
 @patch
@@ -70,19 +84,23 @@ def values(
     at = [(g.get(true, -1), p.get(found, -1)) for g, p, _, _ in self.frames]
     return tuple(np.array([f[i][cell] for f, cell in zip(self.frames, at)]) for i in (2, 3))
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #24046e57
+# %% ../../nbs/3_evaluate/35_judge.ipynb #c687f32c
 @patch
 def partners(self: TrackScore) -> dict[int, int | None]:  # predicted id of every true object
     "Same id, or the Hungarian matching of the mean (J + F) / 2."
     true = sorted(self.objects)
     if not self.matched: return {o: o for o in true}
     found = sorted({o for f in self.frames for o in f[1]})
+    if self.proposals and len(found) > self.proposals:
+        raise DataError(explain("pred", f"{len(found)} predicted ids in a clip",
+                                f"at most {self.proposals}, as DAVIS allows",
+                                "keep the best ones, or give proposals=None"))
     if not true or not found: return dict.fromkeys(true)
     quality = [[np.mean(self.values(o, p)) for p in found] for o in true]
     rows, cols = linear_sum_assignment(-np.array(quality))
     return dict.fromkeys(true) | {true[r]: found[c] for r, c in zip(rows, cols)}
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #3b3ecb64
+# %% ../../nbs/3_evaluate/35_judge.ipynb #c4fdb419
 @patch
 def rows(
     self: TrackScore,
@@ -90,7 +108,7 @@ def rows(
 ) -> list[dict]:              # one dict an object: object, found, n, J_mean ... F_decay, JF
     "The scores of every true object."
     if not self.frames:
-        ends = " without the first and the last" if self.skip_ends else ""
+        ends = " without the first and the last; give skip_ends=False" if self.skip_ends else ""
         raise DataError(f"{self.seen} frames given: nothing is left to score{ends}")
     pairs = list(self.partners().items())
     if official and self.matched: pairs.sort(key=lambda pair: (pair[1] is None, pair[1]))
@@ -116,17 +134,18 @@ def _pairs(gt, pred):
                                     "give both from the same frames"))
         yield pair
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #4fd9849a
+# %% ../../nbs/3_evaluate/35_judge.ipynb #8f9107d5
 def score_track(
     gt: Iterable,             # (H, W) integer ids of each frame; 255 = void
     pred: Iterable,           # (H, W) integer ids of each frame
-    skip_ends: bool = True,   # leave out the first and the last frame, as DAVIS does
+    skip_ends: bool | None = None,  # leave out both ends; None: as DAVIS, unless `matched`
     matched: bool = False,    # match predicted ids to true objects (unsupervised protocol)
     bound_th: float = .008,   # tolerance of F as a share of the diagonal
     official: bool = False,   # the evaluator's 8-bit bins, and its order of matched objects
+    proposals: int | None = 20,  # matched: refuse more predicted ids than this; None: any
 ) -> list[dict]:              # one dict an object, as `TrackScore.rows`
     "J and F of every object of one clip: mean, recall, decay."
-    score = TrackScore(skip_ends, matched, bound_th)
+    score = TrackScore(skip_ends, matched, bound_th, proposals)
     for g, p in _pairs(gt, pred): score.add(g, p)
     return score.rows(official)
 
@@ -173,24 +192,10 @@ def _stems(folder):
         raise DataError(f"{folder}: two masks share one name; keep one of each")
     return out
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #93b6646d
-def _reader(files):
-    "A mask reader for one clip: grey 0/255 is binary unless a frame of the clip has other ids too."
-    kind = "ids" if any(_grey_ids(f) for f in files) else "auto"
-    return lambda path: read_mask(path, kind=kind)
-
-
-def _grey_ids(path):
-    "Whether a mask without a palette holds ids between 0 and 255, and 255."
-    try:
-        with Image.open(path) as im: counts = im.histogram() if im.mode == "L" else [0] * 256
-    except Exception: return False          # read_mask will say what is wrong with it
-    return counts[255] > 0 and 0 < sum(n > 0 for n in counts[1:255]) <= 100
-
-# %% ../../nbs/3_evaluate/35_judge.ipynb #f06f06bd
+# %% ../../nbs/3_evaluate/35_judge.ipynb #198e73ea
 def _pair_names(name, truth, found, skip_ends, missing, notes):
     "Refuse or note frames that one side lacks."
-    ends = {list(truth)[0], list(truth)[-1]} if skip_ends else set()
+    ends = {list(truth)[0], list(truth)[-1]} if skip_ends else set()   # not scored, not missed
     absent = [s for s in truth if s not in found and s not in ends]
     if found and len(absent) == len(truth) - len(ends) > 0:
         raise DataError(f"clip {name}: no frame name in common; gt {', '.join(list(truth)[:3])}, "
@@ -205,50 +210,101 @@ def _pair_names(name, truth, found, skip_ends, missing, notes):
         notes.append(f"clip {name}: {len(extra)} predicted frames have no truth: "
                      f"{', '.join(extra[:3])}")
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #aa929ceb
-def _score_clip(score, name, truth, found, missing, notes):
-    "Feed the frames of one clip to `score`; note what has no partner."
-    _pair_names(name, truth, found, score.skip_ends, missing, notes)
-    read_gt = _reader(truth.values())
-    read_pred = _reader(f for s, f in found.items() if s in truth)
-    seen = set()
-    for stem, path in truth.items():
-        g = read_gt(path)
-        p = read_pred(found[stem]) if stem in found else torch.zeros_like(g)
-        if g.shape != p.shape:
-            raise DataError(f"{found[stem]}: {tuple(p.shape)}, but the truth {path} is "
-                            f"{tuple(g.shape)}. Write predictions at the size of the truth "
-                            "(resize with mode nearest)")
-        seen |= set(objects_in(p))
-        score.add(g, p)
-    more = sorted(seen - score.objects)
-    if more:
-        notes.append(f"clip {name}: {len(more)} predicted ids beyond the {len(score.objects)} "
-                     f"true objects: {', '.join(map(str, more[:6]))}")
+# %% ../../nbs/3_evaluate/35_judge.ipynb #36c1db42
+def _jobs(name, truth, found, skip_ends, bound_th, few=24):
+    "The frames of a clip in portions for `score_frames`."
+    stems, n = list(truth), len(truth)
+    lists = dict(gt=[str(truth[s]) for s in stems],
+                 pred=[str(found[s]) if s in found else None for s in stems],
+                 scored=[not skip_ends or 0 < i < n - 1 for i in range(n)])
+    rest = dict(clip=name, kinds=("auto", "auto"), bound_th=bound_th)
+    rest["colours"] = _colours(lists["gt"], [p for p in lists["pred"] if p])
+    return [{k: v[i:i + few] for k, v in lists.items()} | rest for i in range(0, n, few)]
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #9143dac7
+
+def _colours(*sides):
+    "One table of colours for the masks of a clip, where the first of a side is stored as colours."
+    coloured = tuple(Path(p) for side in sides if side and _is_rgb(side[0]) for p in side)
+    return clip_colours(Clip("", frames=coloured, masks=coloured)) if coloured else None
+
+
+def _is_rgb(path):
+    "Whether a mask is stored as colours."
+    try:
+        with Image.open(path) as im: return im.mode in ("RGB", "RGBA")
+    except Exception: return False                    # the reader will say what is wrong with it
+
+# %% ../../nbs/3_evaluate/35_judge.ipynb #ac7a5302
+def _settle(jobs, answers):
+    "Answers of a clip, with 255 read as void everywhere if one frame says that it is."
+    said = [set().union(*(a["said"][i] for a in answers)) for i in (0, 1)]
+    kinds = tuple("ids" if {"ids", "binary"} <= s else "auto" for s in said)
+    def again(a): return any(k == "ids" and "binary" in s for k, s in zip(kinds, a["said"]))
+    return [score_frames(j | dict(kinds=kinds)) if again(a) else a for j, a in zip(jobs, answers)]
+
+
+@patch
+def take(
+    self: TrackScore,
+    answers: Iterable[dict],  # from `score_frames`
+) -> list[str]:               # notes
+    "Take tables that were made elsewhere."
+    notes = []
+    for a in answers:
+        self.frames += a["tables"]; self.objects |= a["objects"]
+        notes += a["notes"]
+    return notes + _more_ids(self)
+
+
+def _more_ids(score):
+    "A note on predicted ids that no true object has."
+    more = sorted({o for f in score.frames for o in f[1]} - score.objects)
+    if score.matched or not more: return []
+    return [f"{len(more)} predicted ids beyond the {len(score.objects)} true objects: "
+            f"{', '.join(map(str, more[:6]))}"]
+
+# %% ../../nbs/3_evaluate/35_judge.ipynb #1f83577c
 def evaluate_folder(
     pred: str | Path,           # folder with one folder of masks for each clip
     gt: str | Path,             # the same for the truth, or a data set with Annotations/
     matched: bool = False,      # match predicted ids to true objects (unsupervised protocol)
-    skip_ends: bool = True,     # leave out the first and the last frame
-    missing: str = "error",     # clips or frames that were not predicted: error | empty
+    skip_ends: bool | None = None,  # leave out both ends; None: as DAVIS, unless `matched`
+    missing: str = "error",     # clips or frames not predicted: error | empty (said in .notes)
     clips: Sequence[str] | None = None,  # only these; None: all of the truth
     bound_th: float = .008,     # tolerance of F as a share of the diagonal
     official: bool = False,     # the evaluator's 8-bit bins, and its order of matched objects
+    workers: int = 1,           # processes; the result is the same
+    proposals: int | None = 20, # matched: refuse more predicted ids than this; None: any
 ) -> TrackRows:                 # one row an object; .mean, .notes
     "Score a folder of predicted masks as the DAVIS evaluator does."
     if missing not in ("error", "empty"):
         raise ConfigError(f"missing={missing!r}; expected error or empty")
+    if skip_ends is None: skip_ends = not matched
     truth, found = _mask_folders(gt, "gt"), _mask_folders(pred, "pred")
     if clips is None and len(truth) == len(found) == 1: found = dict(zip(truth, found.values()))
     names = _wanted(truth, clips, gt)
     result = TrackRows(notes=_clip_notes(names, truth, found, missing, pred))
-    for name in progress(names, desc="score"):
-        score = TrackScore(skip_ends, matched, bound_th)
-        _score_clip(score, name, truth[name], found.get(name, {}), missing, result.notes)
-        result += [{"clip": name} | r for r in score.rows(official)]
+    for n in names: _pair_names(n, truth[n], found.get(n, {}), skip_ends, missing, result.notes)
+    plan = {n: _jobs(n, truth[n], found.get(n, {}), skip_ends, bound_th) for n in names}
+    for name, answers in _answers(plan, workers):
+        score = TrackScore(skip_ends, matched, bound_th, proposals)
+        score.seen = len(truth[name])
+        result.notes += [f"clip {name}: {n}" for n in score.take(answers)]
+        result += _clip_rows(name, score, official)
     return result
+
+# %% ../../nbs/3_evaluate/35_judge.ipynb #fd889fef
+def _answers(plan, workers):
+    "(clip, its answers) of all clips, in order."
+    with closing(crew((job for jobs in plan.values() for job in jobs), workers)) as answers:
+        for name in progress(list(plan), desc="score"):
+            yield name, _settle(plan[name], [next(answers) for _ in plan[name]])
+
+
+def _clip_rows(name, score, official):
+    "The rows of a clip; faults name it."
+    try: return [{"clip": name} | r for r in score.rows(official)]
+    except DataError as e: raise DataError(f"clip {name}: {e}") from None
 
 # %% ../../nbs/3_evaluate/35_judge.ipynb #3854d0c4
 def _wanted(truth, clips, gt):

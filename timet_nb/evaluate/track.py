@@ -8,8 +8,8 @@ Docs: https://timet-nb.github.io/timet_nb/3_evaluate/track.html.md"""
 __all__ = ['network_size', 'Tracker', 'track', 'evaluate_tracking', 'NUMBERS', 'TrackRows', 'TrackScore', 'accumulated_iou',
            'evaluate_folder', 'score_track', 'write_tracks']
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #3787c3af
-from collections.abc import Iterator
+# %% ../../nbs/3_evaluate/35_track.ipynb #f0cca0d5
+from collections.abc import Iterator, Mapping
 import math
 from pathlib import Path
 
@@ -67,10 +67,10 @@ def _frame(x):
         raise DataError(f"a frame has shape {tuple(x.shape)}; expected (3, H, W) RGB{hint}")
     return x.float() / 255 if x.dtype == torch.uint8 else x.float()
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #a6e1be03
+# %% ../../nbs/3_evaluate/35_track.ipynb #87c2725a
 def _number(mask, names):
-    "Ids as 0..K-1 in the order of `names`; 255 stays."
-    out = torch.full_like(mask, 255)
+    "Ids as 0..K-1 in the order of `names`; 255 stays, ids of others are background."
+    out = torch.where(mask == 255, 255, 0)
     for k, i in enumerate(names.tolist()): out[mask == i] = k
     return out
 
@@ -80,7 +80,7 @@ def _grow(soft, size):
     grown = F.interpolate(soft[None].float(), size=tuple(size), mode="bilinear")[0]
     return grown.max(0).indices.cpu()
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #2ea73a41
+# %% ../../nbs/3_evaluate/35_track.ipynb #ff83ccca
 class Tracker:
     "Carries the objects of one mask through a stream, one frame at a time."
     def __init__(
@@ -98,14 +98,14 @@ class Tracker:
         chunk: int | None = None,  # target patches at once; None: by memory
     ):
         self.mask = _first_mask(mask, _frame(frame).shape[-2:])
-        self.names = torch.tensor([0, *objects_in(self.mask)])   # class k of the grid is names[k]
         self.backbone, self.block, self.norm = backbone, block, norm
         self.size = network_size(*self.mask.shape, backbone.patch, size)
-        f = self._tokens(frame)
-        labels = ids_to_grid(_number(self.mask, self.names), len(self.names), tuple(f.shape[-2:]))
-        self.state = Propagator(labels.to(f.device), f, n_last, topk, radius, temperature, chunk)
+        self.how, self.groups = (n_last, topk, radius, temperature, chunk), []
+        self.features = self._tokens(frame)
+        self._begin(self.mask, objects_in(self.mask))
+        self.state, self.names = self.groups[0]   # class k of the grid is names[k]
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #96828986
+# %% ../../nbs/3_evaluate/35_track.ipynb #400b27eb
 @patch
 @torch.no_grad()
 def _tokens(self: Tracker, frame):
@@ -115,35 +115,83 @@ def _tokens(self: Tracker, frame):
 
 
 @patch
+def _begin(self: Tracker, mask, ids):
+    "Carry the objects `ids` of `mask` from this frame on."
+    f, names = self.features, torch.tensor([0, *ids])
+    labels = ids_to_grid(_number(mask, names), len(names), tuple(f.shape[-2:])).to(f.device)
+    self.groups.append((Propagator(labels, f, *self.how), names))
+
+
+@patch
 def step(
     self: Tracker,
     frame: Tensor,  # (3, H, W) RGB in [0, 1]: the next frame
 ) -> Tensor:        # (H, W) int64 ids, of the size of the first mask
     "Find the objects in the next frame."
-    soft = self.state.step(self._tokens(frame))
-    return self.names[_grow(soft, self.mask.shape)]
+    self.features = self._tokens(frame)
+    soft = [(state.step(self.features), names) for state, names in self.groups]
+    if len(soft) == 1: return self.names[_grow(soft[0][0], self.mask.shape)]
+    return _merge(soft, self.mask.shape)
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #22967582
+# %% ../../nbs/3_evaluate/35_track.ipynb #2cc7748a
+def _merge(soft, size):
+    "Ids from the soft labels of several groups: of those who claim a pixel, the surest."
+    ids, sure = torch.zeros(tuple(size), dtype=torch.int64), torch.zeros(tuple(size))
+    for labels, names in soft:
+        p, k = F.interpolate(labels[None].float(), size=tuple(size),
+                             mode="bilinear")[0].cpu().max(0)
+        wins = (k > 0) & (p > sure)
+        ids, sure = torch.where(wins, names[k], ids), torch.where(wins, p, sure)
+    return ids
+
+
+@patch
+def join(
+    self: Tracker,
+    mask,            # (H, W) integer ids of the frame of the last step; known objects are not used
+    found: Tensor,   # (H, W) what the last step gave
+) -> Tensor:         # (H, W) the same with the new objects drawn in
+    "Let objects that are new in `mask` join from this frame on."
+    mask = _first_mask(mask, self.mask.shape)
+    known = {int(i) for _, names in self.groups for i in names}
+    new = [o for o in objects_in(mask) if o not in known]
+    if new: self._begin(mask, new)
+    return torch.where(torch.isin(mask, torch.tensor(new, dtype=mask.dtype)), mask, found)
+
+# %% ../../nbs/3_evaluate/35_track.ipynb #f799d629
 def track(
     backbone,       # a Backbone
     source,         # frames: (T, 3, H, W), an iterable of (3, H, W), a ClipReader, or a Clip
-    first_mask,     # (H, W) integer ids of frame 0
+    first_mask,     # (H, W) integer ids of frame 0, or {frame number: (H, W) ids}: late objects
     size: int | tuple[int, int] | None = None,  # what the backbone sees, see `network_size`
-    step: int = 1,  # use every `step`-th frame of a Clip
+    step: int = 1,  # use every `step`-th frame of a Clip; frame numbers count those
     **options,      # n_last, topk, radius, temperature, block, norm, chunk of `Tracker`
-) -> Iterator[Tensor]:  # (H, W) int64 ids of every frame, the given mask first
-    "Carry the objects of the first frame through a video; memory does not grow with its length."
+) -> Iterator[Tensor]:  # (H, W) int64 ids of every frame; given objects as they were given
+    "Carry the given objects through a video; memory does not grow with its length."
     is_clip = all(hasattr(source, a) for a in ("frames", "masks", "video"))
     if is_clip: source = ClipReader(source, step=step)
-    tracker = None
-    for item in source:
-        frame = item[0] if isinstance(item, tuple) else item
-        if tracker is not None: yield tracker.step(frame); continue
-        tracker = Tracker(backbone, frame, first_mask, size, **options)
-        yield torch.where(tracker.mask == 255, 0, tracker.mask)
-    if tracker is None: raise DataError("the source gave no frame")
+    given = dict(first_mask) if isinstance(first_mask, Mapping) else {0: first_mask}
+    tracker, n = None, -1
+    for n, item in enumerate(source):
+        frame, mask = item[0] if isinstance(item, tuple) else item, given.pop(n, None)
+        tracker, ids = _advance(tracker, backbone, frame, mask, size, options)
+        yield ids
+    if n < 0: raise DataError("the source gave no frame")
+    if given:
+        raise DataError(f"masks were given for frames {', '.join(map(str, list(given)[:5]))}; "
+                        f"the source has {n + 1}, from 0")
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #fb6f79a1
+
+def _advance(tracker, backbone, frame, mask, size, options):
+    "One frame: start, go on, or let someone join."
+    if tracker is not None:
+        ids = tracker.step(frame)
+        return tracker, ids if mask is None else tracker.join(mask, ids)
+    if mask is None: return None, torch.zeros(_frame(frame).shape[-2:], dtype=torch.int64)
+    tracker = Tracker(backbone, frame, mask, size, **options)
+    return tracker, torch.where(tracker.mask == 255, 0, tracker.mask)
+
+# %% ../../nbs/3_evaluate/35_track.ipynb #f1a5ba31
 def evaluate_tracking(
     backbone,                   # a Backbone
     layout,                     # a Layout (or list of Clips) with masks
@@ -151,31 +199,46 @@ def evaluate_tracking(
     step: int = 1,              # every `step`-th frame
     frames: int | None = None,  # at most so many frames a clip
     out: str | Path | None = None,  # write the masks below this folder
-    skip_ends: bool = True,     # leave out the first and the last frame
+    skip_ends: bool = True,     # leave out both ends, as DAVIS does when a mask is given
     **options,                  # n_last, topk, radius, temperature, block, norm of `Tracker`
 ) -> TrackRows:                 # one row an object; .mean, .notes
-    "Track the first mask of every clip and score it."
+    "Track the first mask of every clip and score it; objects that come later count as lost."
     rows = TrackRows()
     for clip in progress(list(layout), desc="track"):
         if not clip.masks or clip.masks[0] is None:
             rows.notes.append(f"clip {clip.name}: no mask of its first frame, not tracked")
             continue
-        score = TrackScore(skip_ends)
-        for n, (gt, pred) in enumerate(_track_clip(backbone, clip, size, step, frames, options)):
-            if gt is not None: score.add(gt, pred)
-            stem = clip.frames[n * step].stem if clip.frames else f"{n * step:05d}"
-            if out is not None: write_tracks([pred], Path(out) / clip.name, [stem])
-        rows += [{"clip": clip.name} | r for r in score.rows()]
+        try: score, given = _score_one(backbone, clip, size, step, frames, out, skip_ends, options)
+        except DataError as e: raise DataError(f"clip {clip.name}: {e}") from e
+        if not given:
+            rows.notes.append(f"clip {clip.name}: no object in its first frame, not tracked")
+        else: rows += [{"clip": clip.name} | r for r in score.rows()]
+        late = sorted(score.objects - set(given)) if given else []
+        if late:
+            rows.notes.append(f"clip {clip.name}: {len(late)} objects appear after the first "
+                              f"frame, were not given, are lost: {', '.join(map(str, late))}")
     if not rows:
         raise DataError(f"no clip could be tracked: {'; '.join(rows.notes[:3]) or 'none given'}")
     return rows
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #2076db1c
+# %% ../../nbs/3_evaluate/35_track.ipynb #71f5b83c
+def _score_one(backbone, clip, size, step, frames, out, skip_ends, options):
+    "Score of one clip, and the objects that were given."
+    score, given = TrackScore(skip_ends), []
+    for n, (gt, pred) in enumerate(_track_clip(backbone, clip, size, step, frames, options)):
+        if n == 0: given = objects_in(pred)
+        if gt is not None: score.add(gt, pred)
+        stem = clip.frames[n * step].stem if clip.frames else f"{n * step:05d}"
+        if out is not None: write_tracks([pred], Path(out) / clip.name, [stem])
+    return score, given
+
+
 def _track_clip(backbone, clip, size, step, frames, options):
-    "(truth or None, prediction) of each frame of a clip."
+    "(truth or None, prediction) of each frame of a clip; nothing when its first frame is empty."
     tracker = None
     for n, (frame, mask) in enumerate(ClipReader(clip, step=step, masks=True)):
         if frames is not None and n >= frames: return
         if tracker is not None: yield mask, tracker.step(frame); continue
+        if not objects_in(mask): return
         tracker = Tracker(backbone, frame, mask, size, **options)
         yield mask, torch.where(mask == 255, 0, mask)

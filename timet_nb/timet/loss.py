@@ -7,15 +7,19 @@ Docs: https://timet-nb.github.io/timet_nb/4_timet/loss.html.md"""
 # %% auto #0
 __all__ = ['KINDS', 'assign', 'temporal_target', 'LossSettings', 'time_loss', 'attention_mask']
 
-# %% ../../nbs/4_timet/41_loss.ipynb #a265f539
+# %% ../../nbs/4_timet/41_loss.ipynb #61410364
 from dataclasses import dataclass, replace
 from typing import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from ..base.runtime import ConfigError, DataError, check_config, explain
+from ..features.attention import attention_mask
 from ..features.propagate import propagate
 from .assign import Prototypes, Queue, sinkhorn
+
+# %% ../../nbs/4_timet/41_loss.ipynb #9e252e7e
+_all_ = ["attention_mask"]   # made in 24_attention; offered here as well
 
 # %% ../../nbs/4_timet/41_loss.ipynb #b5f1f905
 @torch.no_grad()
@@ -173,37 +177,3 @@ def _check_shapes(head, backbone, grid, target):
     if len(shape) == 4 and shape[1] >= 2 and (shape[0], shape[2]) == (len(head), N): return
     want = f"({len(head)}, T >= 2, {N}, Db), like head_features"
     raise DataError(explain("backbone_features", f"shape {shape}" if shape else None, want))
-
-# %% ../../nbs/4_timet/41_loss.ipynb #dad0eed6
-@torch.no_grad()
-def attention_mask(
-    attention: Tensor,         # (B, heads, h, w) CLS attention to the patches, >= 0
-    keep: float = .65,         # share of the attention mass that is called foreground, in (0, 1)
-    kernel: int = 7,           # side of the Gaussian, odd, in patches
-    sigma: float = .6,         # its width in patches
-    min_cells: int = 3,        # smaller 8-connected islands are dropped
-) -> Tensor:                   # (B, h, w) bool
-    "Call the patches that hold most of the CLS attention foreground."
-    if not 0 < keep < 1: raise ConfigError(explain("keep", keep, "a share in (0, 1)"))
-    x = _blur(attention.float().mean(1), kernel, sigma).flatten(1)
-    value, order = (x / x.sum(1, keepdim=True)).sort(1)
-    on = torch.zeros_like(x, dtype=torch.bool).scatter(1, order, value.cumsum(1) > 1 - keep)
-    return _without_islands(on.unflatten(1, attention.shape[-2:]), min_cells)
-
-# %% ../../nbs/4_timet/41_loss.ipynb #dade4a3a
-def _blur(x, kernel, sigma):
-    "Gaussian blur of (B, h, w) with reflected borders."
-    t = torch.arange(kernel, device=x.device, dtype=x.dtype) - kernel // 2
-    g = (-.5 * (t / sigma) ** 2).exp(); g = g / g.sum()
-    x = F.pad(x[:, None], (kernel // 2,) * 4, mode="reflect")
-    return F.conv2d(x, (g[:, None] * g)[None, None])[:, 0]
-
-def _without_islands(on, min_cells):
-    "Drop 8-connected components of fewer than `min_cells` patches from (B, h, w) masks."
-    import numpy as np
-    from scipy.ndimage import label
-    kept = on.cpu().numpy()
-    for m in kept:
-        islands = label(m, np.ones((3, 3)))[0]
-        m &= (np.bincount(islands.ravel()) >= min_cells)[islands]
-    return torch.from_numpy(kept).to(on.device)
