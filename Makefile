@@ -52,6 +52,7 @@ docs: $(VENV)/.ok
 
 bench: $(VENV)/.ok
 	@$(BIN)/timet run bench/speed --budget cpu --threads 1
+	@$(BIN)/timet run bench/speed_evaluate --budget cpu --threads 2
 	@$(BIN)/timet run bench/gpu --budget gpu
 	@$(BIN)/timet run bench/claims --budget cpu --threads $(THREADS)
 

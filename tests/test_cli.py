@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
+from timet_nb.cli import main
 
 TIMET = str(Path(sys.executable).parent / "timet")
 
@@ -78,6 +79,26 @@ def test_propagate_writes_one_mask_a_frame(tmp_path):
     assert torch.equal(read_mask(written[0]) > 0, read_mask(masks[0]) > 0)
     again = timet("propagate", clips / "JPEGImages" / "480p" / "cat-wall", masks[0], tmp_path / "m", "--backbone", "test-vit")
     assert again.returncode == 1 and "not empty" in again.stderr
+
+
+def test_segment_writes_masks_by_example_and_refuses_half_a_reference(tmp_path):
+    clips = ROOT / "data" / "clips"
+    frames, masks = ((clips / d / "480p" / "cat-wall") for d in ("JPEGImages", "Annotations"))
+    ref = ["--ref", frames / "00000.jpg", masks / "00000.png", "--ref", frames / "00010.jpg", masks / "00010.png"]
+    common = ["--backbone", "test-vit", "--size", "96"]
+    done = timet("segment", frames, tmp_path / "out", *ref, "--label", "cat", "cat", *common, "--step", "5")
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "out" / "answers.json").read_text())
+    assert told["classes"] == ["cat"] and told["references"] == [2] and len(told["targets"]) == 4
+    from timet_nb.data.frames import read_mask
+    first = read_mask(tmp_path / "out" / told["targets"][0]["files"]["masks"])
+    truth = read_mask(masks / "00000.png")
+    assert first.shape == truth.shape
+    assert ((first > 0) & (truth > 0)).sum() > .5 * ((first > 0) | (truth > 0)).sum()      # it was shown this very frame
+    for words, said in [(["--ref", frames / "00000.jpg"], "takes a picture and its mask"), ([], "takes a picture and its mask"),
+                        ([*ref, "--method", "magic"], "magic"), ([*ref, "--weights", "w.pth"], "no weights")]:
+        with pytest.raises(SystemExit, match=said): main([str(w) for w in ("segment", frames, tmp_path / "no", *words, *common)])
+        assert not (tmp_path / "no").exists()
 
 
 def test_measure_prints_a_row_a_clip_and_records_it(tmp_path):

@@ -120,6 +120,15 @@ def test_a_prompt_of_other_settings_is_refused_but_k_and_threshold_are_free():
     assert toy(k=3, threshold=.2).segment(TARGET[0], p).ids.max() == 2
 
 
+# ---- one line of import for three notebooks
+
+def test_the_method_hands_on_the_interface_and_the_judge():
+    from timet_nb.evaluate import incontext, judge_incontext, references
+    for room in (references, judge_incontext):
+        for name in room.__all__:
+            assert name in incontext.__all__ and getattr(incontext, name) is getattr(room, name), name
+
+
 # ---- references
 
 def test_names_of_classes():

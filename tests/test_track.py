@@ -423,3 +423,13 @@ def test_real_random_weights_are_far_below(real_data):
     from timet_nb.data.layout import find_layout
     from timet_nb.features.backbone import create_backbone
     assert mean_j(create_backbone("random-vit-s14"), find_layout(real_data / "davis2016")["dog"]) < .4
+
+
+def test_a_cnn_tracks_at_whole_cells_of_its_coarsest_stride():
+    "A CNN halves more often than its patch says: sizes are multiples of the last stride."
+    from timet_nb.data.layout import find_layout
+    from timet_nb.data.worlds import shipped_clips
+    from timet_nb.features.backbone import create_backbone
+    net = create_backbone("efficientnet-lite0-imagenet", pretrained=False).eval()
+    rows = evaluate_tracking(net, find_layout(shipped_clips()).clips[:1], size=100, frames=4)
+    assert len(rows) >= 1 and 0 <= rows.mean["J_mean"] <= 1

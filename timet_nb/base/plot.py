@@ -7,8 +7,9 @@ Docs: https://timet-nb.github.io/timet_nb/0_base/plot.html.md"""
 # %% auto #0
 __all__ = ['curves', 'bars', 'panels', 'dots']
 
-# %% ../../nbs/0_base/03_plot.ipynb #ed5ea68c
+# %% ../../nbs/0_base/03_plot.ipynb #7ba24a51
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 import numpy as np
 import torch
@@ -119,7 +120,7 @@ def bars(
         _flat(ax, list(runs), isinstance(reference, tuple)); ax.set(xlabel=ylabel, title=title)
     return fig
 
-# %% ../../nbs/0_base/03_plot.ipynb #34aacd5b
+# %% ../../nbs/0_base/03_plot.ipynb #69bfd7d0
 def panels(
     values: Mapping,         # {panel: {name: number, or several numbers}}
     title: str = "",         # what the reader should see
@@ -136,7 +137,7 @@ def panels(
         axes = fig.subplots(nrows, ncols, squeeze=False).ravel()
         for ax, (panel, found) in zip(axes, values.items()):
             for n, v in found.items(): _bar(ax, names.index(str(n)), _numbers(v, str(n)).ravel(), fmt)
-            _flat(ax, names, False); ax.set_title(str(panel)); ax.margins(x=.3)
+            _flat(ax, names, False); ax.set_title(fill(str(panel), 66 // ncols)); ax.margins(x=.3)
             if ax not in axes[::ncols]: ax.set_yticklabels([])
         for ax in axes[len(values):]: ax.set_visible(False)
         if title: fig.suptitle(title)

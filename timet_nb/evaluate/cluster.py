@@ -133,15 +133,15 @@ def _places(n, frames, rng, official):
     if not frames or (n <= frames and not official): return list(range(n))
     return sample_indices(n, frames, "uniform", rng=rng)
 
-# %% ../../nbs/3_evaluate/31_cluster.ipynb #dd3f8b17
+# %% ../../nbs/3_evaluate/31_cluster.ipynb #73bab8ea
 def _from_classes(source, frames, rng, official):
     "Clips of a ClassSet: its groups."
     groups = {}
     for item in source: groups.setdefault(item.group, []).append(item)
     for name, items in groups.items():
         some = [items[i] for i in _places(len(items), frames, rng, official)]
-        def _read(side,
-                  some=some): return torch.stack([source.read(i, (side, side))[1] for i in some])
+        def _read(side, some=some):
+            return torch.stack([source.read(i, (side, side))[1] for i in some])
         yield _Picked(name, tuple(i.image for i in some), _read)
 
 # %% ../../nbs/3_evaluate/31_cluster.ipynb #db7fa8c9
@@ -175,7 +175,7 @@ def _pick(source, frames, seed, official):
     if not clips: raise DataError(explain("source", "no clip", "one or more"))
     return list(_from_clips(clips, frames, rng, official))
 
-# %% ../../nbs/3_evaluate/31_cluster.ipynb #eeb99adc
+# %% ../../nbs/3_evaluate/31_cluster.ipynb #9b9017d0
 def _row(mode, k, how): return dict(mode=mode, k=k, how=how, size=224, pca=50)
 
 CLUSTER_PRESETS = {   # keyword arguments of `evaluate_clustering`
@@ -195,8 +195,8 @@ def _clusters(k, source):
     if k != "paper":
         if k is None or isinstance(k, int): return k
         raise ConfigError(explain("k", repr(k), "a count, None (as many as labels) or 'paper'"))
-    davis = "davis" in str(getattr(source, "kind", "")) or getattr(source, "meaning",
-                                                                   "") == "foreground"
+    davis = "davis" in str(getattr(source, "kind", ""))
+    davis = davis or getattr(source, "meaning", "") == "foreground"
     return 200 if davis else 500
 
 # %% ../../nbs/3_evaluate/31_cluster.ipynb #8ae4b8a0
@@ -218,16 +218,17 @@ def _by_class(r, source):
     iou |= {str(c): v for c, v in r.iou.items() if c >= len(source.names)}     # 255, official only
     return dict(iou=iou, absent=tuple(n for n, v in iou.items() if math.isnan(v)))
 
-# %% ../../nbs/3_evaluate/31_cluster.ipynb #cd9f7396
-def _scored(pairs, picked, source, side, keep, k, settings):
+# %% ../../nbs/3_evaluate/31_cluster.ipynb #d3747887
+def _scored(maps, masks, source, keep, k, mode, how, background, official):
     "The result of an evaluation."
-    pictures = sum(len(p.frames) for p in picked)
-    gt, pred = ([], []) if pictures * side * side <= keep else (None, None)
-    r = score_stream(_noting(pairs, gt if gt is None else (gt, pred)), **settings)
-    return dict(miou=r.miou, mode=settings["mode"], k=k, how=settings["how"], score=r, maps=pred,
-                clips=[p.name for p in picked], masks=gt, pictures=pictures, **_by_class(r, source))
+    pictures = sum(len(p.frames) for p in masks.picked)
+    gt, pred = ([], []) if pictures * masks.side ** 2 <= keep else (None, None)
+    pairs = _noting(zip(masks, maps), gt if gt is None else (gt, pred))
+    r = score_stream(pairs, mode, how, background, official=official)
+    return dict(miou=r.miou, mode=mode, k=k, how=how, score=r, maps=pred, masks=gt,
+                clips=[p.name for p in masks.picked], pictures=pictures, **_by_class(r, source))
 
-# %% ../../nbs/3_evaluate/31_cluster.ipynb #69e6113a
+# %% ../../nbs/3_evaluate/31_cluster.ipynb #e033e12f
 def evaluate_clustering(
     backbone,                     # a Backbone: images in [0, 1] -> (B, D, h, w)
     source,                       # a Layout, Clips, or a ClassSet, with masks
@@ -252,5 +253,4 @@ def evaluate_clustering(
         feats = store_maps(backbone, paths, size, cache or room, batch)
         maps = cluster_stream(feats, k, mode, pca, (side, side), seed, masks, official,
                               names=[p.name for p in picked])
-        settings = dict(mode=mode, how=how, background=background, official=official)
-        return _scored(zip(masks, maps), picked, source, side, keep, k, settings)
+        return _scored(maps, masks, source, keep, k, mode, how, background, official)

@@ -163,7 +163,7 @@ def cut_scores(
     union = from_here(size) + total - inter
     return order, torch.where(union > 0, inter / union.clamp(min=1), 1.).mean(0)
 
-# %% ../../nbs/3_evaluate/34_cuts.ipynb #2f16ecef
+# %% ../../nbs/3_evaluate/34_cuts.ipynb #b5ee64e3
 def choose_threshold(
     clusters,              # (B, h, w) integer cluster ids
     gt,                    # (B, H, W) integer ids: labels of the tuning split
@@ -172,7 +172,7 @@ def choose_threshold(
     high: float = .75,     # largest share
     step: float = .05,     # the threshold is rounded to this; 0: not
     void: str = "ignore",  # as in `truth_of`
-) -> tuple[float, Tensor]: # threshold; (cuts, 3) float64 (precision at the cut, cut, IoU), rising IoU
+) -> tuple[float, Tensor]:  # threshold; (cuts, 3) float64: precision, cut, IoU; rising IoU
     "Try cuts with the labels of a tuning split and keep the precision of the best one."
     true, seen = truth_of(as_ids(gt, "gt"), void)
     counts = tally(clusters, true, len(precision), seen)

@@ -54,7 +54,7 @@ def pair_areas(
     pixels = np.bincount(which, np.diff(start, append=flat.size)).astype(int)
     return {(k >> bits, k & (1 << bits) - 1): n for k, n in zip(kinds.tolist(), pixels.tolist())}
 
-# %% ../../nbs/3_evaluate/35_fastjf.ipynb #2c4dfc95
+# %% ../../nbs/3_evaluate/35_fastjf.ipynb #d7bd35a5
 def candidates(
     pairs: np.ndarray,                # (H, W) numbers
 ) -> tuple[np.ndarray, np.ndarray]:   # (n,) flat positions; (4, n) numbers of the four pixels
@@ -69,7 +69,7 @@ def candidates(
     below = np.where(at < (H - 1) * W, W, 0)
     return at, pairs.ravel()[np.stack((at, at + right, at + below, at + right + below))]
 
-
+# %% ../../nbs/3_evaluate/35_fastjf.ipynb #aa2811c9
 def edges_of(
     at: np.ndarray,       # (n,) flat positions
     four: np.ndarray,     # (4, n) ids there, right, below, lower right
@@ -172,7 +172,7 @@ def _table_f(edges, G, shape, r):
     none = np.append(n[:G] == 0, True)[:, None], np.append(n[G:] == 0, True)[None]
     return np.where(none[0] | none[1], (none[0] & none[1]).astype(float), F)
 
-# %% ../../nbs/3_evaluate/35_fastjf.ipynb #5f650a2b
+# %% ../../nbs/3_evaluate/35_fastjf.ipynb #3c01e852
 def frame_points(
     gt: np.ndarray,    # (H, W) ids
     pred: np.ndarray,  # (H, W) ids
@@ -188,24 +188,24 @@ def reach_of(
     bound_th: float = .008,    # tolerance as a share of the diagonal
 ) -> np.ndarray:               # (H, W) bool
     "Pixels that count as near the outlines of one side."
-    r = math.ceil(bound_th * math.hypot(*shape)); line = np.zeros((shape[0], shape[1] + r),
-                                                                  np.uint8)
+    r = math.ceil(bound_th * math.hypot(*shape))
+    line = np.zeros((shape[0], shape[1] + r), np.uint8)
     line[np.divmod(points[side], shape[1])] = 1
     return spread(line.ravel(), shape[1] + r, r).reshape(line.shape)[:, :shape[1]] > 0
 
-# %% ../../nbs/3_evaluate/35_fastjf.ipynb #0b930e63
+# %% ../../nbs/3_evaluate/35_fastjf.ipynb #21b7c9c8
 def _chunks(data):
     "(name, content) of the chunks of a PNG; stops with a wrong checksum by ValueError."
     place = 8
     while place + 12 <= len(data):
         size, name = struct.unpack(">I4s", data[place:place + 8])
         body = data[place + 4:place + 8 + size]
-        if zlib.crc32(body) != int.from_bytes(data[place + 8 + size:place + 12 + size],
-                                              "big"): raise ValueError
+        said = data[place + 8 + size:place + 12 + size]
+        if zlib.crc32(body) != int.from_bytes(said, "big"): raise ValueError
         yield name, body[4:]
         place += 12 + size
 
-
+# %% ../../nbs/3_evaluate/35_fastjf.ipynb #31a38c39
 def plain_png(
     data: bytes,  # a file
 ) -> tuple[np.ndarray, bool] | None:  # (H, W) uint8, whether grey; None: no plain 8-bit PNG
@@ -215,8 +215,8 @@ def plain_png(
         parts = list(_chunks(data))
         w, h, depth, colour, *_, lace = struct.unpack(">IIBBBBB", parts[0][1])
         strange = depth != 8 or colour not in (0, 3) or lace or parts[-1][0] != b"IEND"
-        if strange or w * h > 1 << 28 or {n for n, _ in parts} & {b"eXIf", b"tRNS",
-                                                                  b"acTL"}: return None
+        extra = {n for n, _ in parts} & {b"eXIf", b"tRNS", b"acTL"}
+        if strange or extra or w * h > 1 << 28: return None
         packed = b"".join(b for n, b in parts if n == b"IDAT")
         raw = inflate.decompress(packed, bufsize=h * (w + 1))
     except (ValueError, IndexError, struct.error, inflate.error): return None
@@ -243,7 +243,7 @@ def _summed(lines, h, w):
     runs = np.diff(at, append=lines.size)
     return np.repeat(total.astype(np.uint8), runs).reshape(h, w + 1)[:, 1:]
 
-# %% ../../nbs/3_evaluate/35_fastjf.ipynb #a50aefb9
+# %% ../../nbs/3_evaluate/35_fastjf.ipynb #b052e5fa
 def read_ids(
     path: str,                    # a mask file
     kind: str = "auto",           # auto | ids, as of `read_mask`
@@ -263,7 +263,7 @@ def read_ids(
         return ids.astype(np.uint8 if ids.max(initial=0) < 256 else np.uint16), said
     return (ids >> 7 if said == "binary" and kind == "auto" else ids), said
 
-
+# %% ../../nbs/3_evaluate/35_fastjf.ipynb #a9851d2f
 def _grey_kind(ids):
     "What a grey mask with 255 in it holds: binary, ids, or odd: more than 100 other levels."
     if ids.max() < 255: return ""
@@ -280,7 +280,7 @@ def _said(data):
             return _grey_kind(np.asarray(im)) if im.mode == "L" else ""
     except Exception: return ""                   # `read_mask` will say what is wrong with it
 
-# %% ../../nbs/3_evaluate/35_fastjf.ipynb #f517675c
+# %% ../../nbs/3_evaluate/35_fastjf.ipynb #68cefc76
 def score_frames(
     job: dict,   # gt: paths; pred: paths or None each; scored: bools; kinds: two; colours; bound_th
 ) -> dict:       # tables: one a scored frame; objects: ids of the truth; said: two sets; notes
@@ -299,7 +299,7 @@ def score_frames(
         answer["objects"] |= set(answer["tables"][-1][0])
     return answer
 
-
+# %% ../../nbs/3_evaluate/35_fastjf.ipynb #b1c25c3c
 def _ids_in(gt):
     "The objects of a frame that is not scored."
     inside = gt[object_box(gt, gt)]
@@ -313,12 +313,11 @@ def _same_size(gt, pred, g, p):
     raise DataError(f"{p}: {pred.shape}, but the truth {g} is {gt.shape}. Write predictions "
                     "at the size of the truth (resize with mode nearest)")
 
-# %% ../../nbs/3_evaluate/35_fastjf.ipynb #432be5e8
+# %% ../../nbs/3_evaluate/35_fastjf.ipynb #39dbd094
 def serve() -> None:
     "What a worker does: read jobs from standard input, write answers to standard output."
     jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2,
-            1)                                     # what a library prints must not mix with answers
+    os.dup2(2, 1)                            # what a library prints must not mix with answers
     while True:
         try: job = pickle.load(jobs)
         except EOFError: return

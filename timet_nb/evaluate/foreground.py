@@ -118,7 +118,7 @@ def mini(
     small = dict(size=224, k=60, nredo=1, niter=25, low=0., high=1., tolerance=4.)
     return cls(**{**small, **changes})
 
-# %% ../../nbs/3_evaluate/34_foreground.ipynb #3df56d6a
+# %% ../../nbs/3_evaluate/34_foreground.ipynb #aa9a54e9
 @dataclass
 class Evidence:
     "What the protocol asks of a set: features, where the model looks, and the truth."
@@ -131,7 +131,8 @@ class Evidence:
     def __len__(self): return len(self.gt)
     def __repr__(self):
         n, D, h, w = self.features.shape
-        return f"Evidence({n} pictures, {h} x {w} patches of width {D}, {len(self.classes)} classes)"
+        return (f"Evidence({n} pictures, {h} x {w} patches of width {D}, "
+                f"{len(self.classes)} classes)")
 
 # %% ../../nbs/3_evaluate/34_foreground.ipynb #86e981ec
 def _on_disk(shape, dtype):
@@ -163,7 +164,7 @@ def gather(
         gt[here] = grow(masks, gt.shape[1:]).to(torch.uint8)
     return Evidence(features, look, gt, tuple(i.name for i in source), tuple(source.names))
 
-# %% ../../nbs/3_evaluate/34_foreground.ipynb #017cc8c1
+# %% ../../nbs/3_evaluate/34_foreground.ipynb #8c253620
 def _check_set(source, backbone):
     "Pictures that cannot be squared to patches, and classes that do not fit, by name."
     if len(source.names) > 255: raise DataError(explain(
@@ -174,7 +175,6 @@ def _check_set(source, backbone):
             f"sides of at least one patch ({backbone.patch} pixels)",
             "leave it out: source.select(lambda item: ...)"))
 
-# %% ../../nbs/3_evaluate/34_foreground.ipynb #fbee7507
 def _finite(z, look, items):
     "Features as float16 on the CPU; the first picture that breaks them is named."
     half = z.to("cpu", torch.float16)
@@ -328,7 +328,7 @@ def _boundary_of_each(gt, found, config, chunk=64):
     return torch.cat([boundary_score(g.long(), grow(f, g.shape[1:]), *how)
                       for g, f in zip(gt.split(chunk), found.split(chunk))])
 
-# %% ../../nbs/3_evaluate/34_foreground.ipynb #3d982d67
+# %% ../../nbs/3_evaluate/34_foreground.ipynb #4744516a
 def centre_blob(
     n: int,                # pictures
     size: int,             # S, pixels a side
@@ -340,7 +340,6 @@ def centre_blob(
     on[prior.argsort(descending=True)[:round(share * size * size)]] = True
     return on.reshape(1, size, size).expand(n, -1, -1)
 
-# %% ../../nbs/3_evaluate/34_foreground.ipynb #13bde24e
 def _controls(evidence, found, config):
     "IoU of the attention alone, of a centre blob as large as what was found, of everything."
     n, S = len(evidence), config.map_size
@@ -349,7 +348,7 @@ def _controls(evidence, found, config):
                  everything=torch.ones(1, 1, 1, dtype=torch.bool).expand(n, 1, 1))
     return {name: float(_iou_of_each(evidence.gt, m, config).mean()) for name, m in masks.items()}
 
-# %% ../../nbs/3_evaluate/34_foreground.ipynb #ee660d64
+# %% ../../nbs/3_evaluate/34_foreground.ipynb #3b59f021
 def _class_maps(found, k, config, seed):
     "k-means of features times foreground: (n, h, w) ids; all 0 where nothing was found."
     fg, grid = found.fg.flatten().numpy(), found.fg.shape[1:]
@@ -361,7 +360,6 @@ def _class_maps(found, k, config, seed):
     how = dict(niter=config.niter, nredo=config.nredo, name="the foreground features")
     return cluster_patches(rows, grid, config.map_size, k, seed, **how)
 
-# %% ../../nbs/3_evaluate/34_foreground.ipynb #38115ce1
 def _class_scores(evidence, found, config, seed, chunk=64):
     "Hungarian match of the class maps: mean IoU, IoU by name, absent names."
     names = evidence.classes
@@ -396,7 +394,7 @@ def run_once(
                   threshold=threshold, miou=miou, **_controls(val, v, config))
     return scores | dict(iou=iou, images=each, found=v, cuts=cuts)
 
-# %% ../../nbs/3_evaluate/34_foreground.ipynb #a111dfb9
+# %% ../../nbs/3_evaluate/34_foreground.ipynb #52761ec1
 def find_foreground(
     train: Evidence | None,    # as in `run_once`
     val: Evidence,             # from `gather`
@@ -413,10 +411,11 @@ def find_foreground(
     return ForegroundResult(
         **{n: mean(n) for n in floats}, iou=iou,
         absent=tuple(n for n, v in iou.items() if math.isnan(v)), precision=last.precision,
-        images=dict(zip(val.items, each)), rows=[{n: r[n] for n in ("seed", *floats)} for r in runs],
+        images=dict(zip(val.items, each)),
+        rows=[{n: r[n] for n in ("seed", *floats)} for r in runs],
         notes=tuple(_notes(train, val, config, runs)), config=config)
 
-# %% ../../nbs/3_evaluate/34_foreground.ipynb #2f01e8ea
+# %% ../../nbs/3_evaluate/34_foreground.ipynb #218cb6a6
 def _notes(train, val, config, runs):
     "What the number alone does not say."
     nothing = sum(not r["found"].fg.any() for r in runs)
@@ -425,7 +424,8 @@ def _notes(train, val, config, runs):
     if empty: yield f"{empty} of {config.k} clusters are empty and count as background"
     true, seen = truth_of(val.gt, config.void)
     without = int((~true.flatten(1).any(1)).sum())
-    if without: yield f"{without} of {len(val)} pictures have no true foreground: 1 if none is found, else 0"
+    if without: yield (f"{without} of {len(val)} pictures have no true foreground: "
+                       "1 if none is found, else 0")
     full = int((true | ~seen).flatten(1).all(1).sum())
     if full: yield f"{full} of {len(val)} pictures are all foreground: they have no outline"
     if train is not None and (both := set(train.items) & set(val.items)):

@@ -29,7 +29,7 @@ from ..data.layout import natural_key
 from .boundary import as_ids, id_range, jf_stats, objects_in
 from .fastjf import crew, frame_table, score_frames
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #4beca86e
+# %% ../../nbs/3_evaluate/35_judge.ipynb #401c5256
 class TrackScore:
     "Collects J and F of every object, frame by frame; keeps numbers, not masks."
     def __init__(
@@ -43,21 +43,23 @@ class TrackScore:
         self.matched, self.bound_th, self.proposals = matched, bound_th, proposals
         self.seen, self.held, self.frames, self.objects = 0, None, [], set()
 
-    def add(
-        self,
-        gt,     # (H, W) integer ids; 255 = void
-        pred,   # (H, W) integer ids
-    ) -> None:
-        "Take the next frame; with `skip_ends` it is scored when another one follows."
-        gt, pred = _whole_ids(gt, "gt"), _whole_ids(pred, "pred")
-        if gt.shape != pred.shape:
-            raise DataError(explain("pred", f"{pred.shape} pixels", f"{gt.shape}, as gt"))
-        self.objects |= set(objects_in(gt))
-        if not self.skip_ends: self._score(gt, pred)
-        elif self.seen:
-            if self.held is not None: self._score(*self.held)
-            self.held = gt, pred
-        self.seen += 1
+# %% ../../nbs/3_evaluate/35_judge.ipynb #e7b399e1
+@patch
+def add(
+    self: TrackScore,
+    gt,     # (H, W) integer ids; 255 = void
+    pred,   # (H, W) integer ids
+) -> None:
+    "Take the next frame; with `skip_ends` it is scored when another one follows."
+    gt, pred = _whole_ids(gt, "gt"), _whole_ids(pred, "pred")
+    if gt.shape != pred.shape:
+        raise DataError(explain("pred", f"{pred.shape} pixels", f"{gt.shape}, as gt"))
+    self.objects |= set(objects_in(gt))
+    if not self.skip_ends: self._score(gt, pred)
+    elif self.seen:
+        if self.held is not None: self._score(*self.held)
+        self.held = gt, pred
+    self.seen += 1
 
 # %% ../../nbs/3_evaluate/35_judge.ipynb #672e1eba
 def _whole_ids(mask, name):
@@ -234,7 +236,7 @@ def _is_rgb(path):
         with Image.open(path) as im: return im.mode in ("RGB", "RGBA")
     except Exception: return False                    # the reader will say what is wrong with it
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #ac7a5302
+# %% ../../nbs/3_evaluate/35_judge.ipynb #31e70fb8
 def _settle(jobs, answers):
     "Answers of a clip, with 255 read as void everywhere if one frame says that it is."
     said = [set().union(*(a["said"][i] for a in answers)) for i in (0, 1)]
@@ -242,7 +244,7 @@ def _settle(jobs, answers):
     def again(a): return any(k == "ids" and "binary" in s for k, s in zip(kinds, a["said"]))
     return [score_frames(j | dict(kinds=kinds)) if again(a) else a for j, a in zip(jobs, answers)]
 
-
+# %% ../../nbs/3_evaluate/35_judge.ipynb #5bbd503b
 @patch
 def take(
     self: TrackScore,
@@ -263,7 +265,7 @@ def _more_ids(score):
     return [f"{len(more)} predicted ids beyond the {len(score.objects)} true objects: "
             f"{', '.join(map(str, more[:6]))}"]
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #1f83577c
+# %% ../../nbs/3_evaluate/35_judge.ipynb #275b695a
 def evaluate_folder(
     pred: str | Path,           # folder with one folder of masks for each clip
     gt: str | Path,             # the same for the truth, or a data set with Annotations/
@@ -280,20 +282,16 @@ def evaluate_folder(
     if missing not in ("error", "empty"):
         raise ConfigError(f"missing={missing!r}; expected error or empty")
     if skip_ends is None: skip_ends = not matched
-    truth, found = _mask_folders(gt, "gt"), _mask_folders(pred, "pred")
-    if clips is None and len(truth) == len(found) == 1: found = dict(zip(truth, found.values()))
-    names = _wanted(truth, clips, gt)
+    truth, found, names = _sides(pred, gt, clips)
     result = TrackRows(notes=_clip_notes(names, truth, found, missing, pred))
     for n in names: _pair_names(n, truth[n], found.get(n, {}), skip_ends, missing, result.notes)
     plan = {n: _jobs(n, truth[n], found.get(n, {}), skip_ends, bound_th) for n in names}
     for name, answers in _answers(plan, workers):
         score = TrackScore(skip_ends, matched, bound_th, proposals)
-        score.seen = len(truth[name])
-        result.notes += [f"clip {name}: {n}" for n in score.take(answers)]
-        result += _clip_rows(name, score, official)
+        result += _clip_rows(name, score, answers, len(truth[name]), official, result.notes)
     return result
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #fd889fef
+# %% ../../nbs/3_evaluate/35_judge.ipynb #492dd800
 def _answers(plan, workers):
     "(clip, its answers) of all clips, in order."
     with closing(crew((job for jobs in plan.values() for job in jobs), workers)) as answers:
@@ -301,12 +299,21 @@ def _answers(plan, workers):
             yield name, _settle(plan[name], [next(answers) for _ in plan[name]])
 
 
-def _clip_rows(name, score, official):
-    "The rows of a clip; faults name it."
+def _clip_rows(name, score, answers, seen, official, notes):
+    "The rows of a clip of `seen` frames; faults name it."
+    score.seen = seen
+    notes += [f"clip {name}: {n}" for n in score.take(answers)]
     try: return [{"clip": name} | r for r in score.rows(official)]
     except DataError as e: raise DataError(f"clip {name}: {e}") from None
 
-# %% ../../nbs/3_evaluate/35_judge.ipynb #3854d0c4
+# %% ../../nbs/3_evaluate/35_judge.ipynb #0e2bca3c
+def _sides(pred, gt, clips):
+    "Masks of the truth and of the prediction by clip, and the clips to score."
+    truth, found = _mask_folders(gt, "gt"), _mask_folders(pred, "pred")
+    if clips is None and len(truth) == len(found) == 1: found = dict(zip(truth, found.values()))
+    return truth, found, _wanted(truth, clips, gt)
+
+
 def _wanted(truth, clips, gt):
     "The clips to score; unknown ones are refused."
     unknown = [c for c in clips or () if c not in truth]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..base.runtime import ConfigError, DataError, expect, explain, need
 from .overlap import as_ids
 
-# %% ../../nbs/3_evaluate/33_memory.ipynb #17659fe1
+# %% ../../nbs/3_evaluate/33_memory.ipynb #3bb8aa27
 UNKNOWN = ("background", "leave")
 
 def patch_labels(
@@ -26,14 +26,14 @@ def patch_labels(
     n_classes: int,            # C
     ignore: int | None = 255,  # value of unknown pixels; None: there are none
     unknown: str = "background",  # they count as class 0 (as the peers count), or "leave" them out
-) -> Tensor:                   # (B, h, w, C) float32 shares; rows sum to 1, or to 0 where all is left out
+) -> Tensor:                   # (B, h, w, C) float32 shares; rows sum to 1, or 0 if all is left out
     "How much of each class every patch holds."
     if unknown not in UNKNOWN: raise ConfigError(explain(
         "unknown", repr(unknown), " or ".join(map(repr, UNKNOWN))))
     masks, (h, w), C = as_ids(masks, "masks").cpu(), grid, n_classes
     B, H, W = masks.shape
     if H % h or W % w: raise DataError(explain(
-        "masks", f"{H} x {W} pixels", f"{h} x {w} equal patches: sides that are multiples of these"))
+        "masks", f"{H} x {W} pixels", f"{h} x {w} equal patches: sides that are multiples"))
     dark = torch.zeros_like(masks, dtype=torch.bool) if ignore is None else masks == ignore
     masks = torch.where(dark, 0 if unknown == "background" else C, masks)
     _check_ids(masks, dark, C)
@@ -42,6 +42,7 @@ def patch_labels(
                             minlength=B * h * w * (C + 1)).reshape(B, h, w, C + 1)[..., :C].float()
     return counts / counts.sum(-1, keepdim=True).clamp(min=1)
 
+# %% ../../nbs/3_evaluate/33_memory.ipynb #c752cc95
 def _check_ids(masks, dark, n_classes):
     "Refuse ids that are no class."
     seen = masks[~dark]
@@ -80,7 +81,7 @@ def piece_sizes(
     q = max(1, min(n_queries, 4096 if gpu else 256, int((room / 4) ** .5)))
     return q, max(1, room // 4 // q)
 
-# %% ../../nbs/3_evaluate/33_memory.ipynb #59288805
+# %% ../../nbs/3_evaluate/33_memory.ipynb #6f4d0b07
 def nearest_patches(
     queries: Tensor,      # (Q, D) float; their length does not matter while `unit` is set
     memory: Tensor,       # (M, D) float rows of length 1, on any device
@@ -103,6 +104,7 @@ def nearest_patches(
     expect(best, "Q k", "cosines of queries with the memory")
     return best, row
 
+# %% ../../nbs/3_evaluate/33_memory.ipynb #b63f5f52
 def _neighbours(k, n, few):
     "How many neighbours a memory of `n` rows can give."
     if few not in ("error", "clamp"): raise ConfigError(explain("few", repr(few), "error or clamp"))
@@ -142,20 +144,20 @@ def checked_neighbours(
         "at least one", "ask an exact index, or let it look into more cells"))
     return cosine.masked_fill(missing, -torch.inf), rows.clamp(min=0)
 
-# %% ../../nbs/3_evaluate/33_memory.ipynb #3a2d0d50
+# %% ../../nbs/3_evaluate/33_memory.ipynb #fa51e3a2
 SEARCHES = ("auto", "pieces", "faiss")
 
 def search(
     queries: Tensor,      # (Q, D) float
     memory: Tensor,       # (M, D) float rows of length 1
     k: int = 30,          # neighbours; more than M is clamped
-    how="auto",           # "auto" = "pieces", "faiss", or an index: its .search(queries, k) is asked
+    how="auto",           # "auto" = "pieces", "faiss", or an index with .search(queries, k)
     chunk_bytes: int | None = None,  # bound on the products held ("pieces")
 ) -> tuple[Tensor, Tensor]:  # (Q, k) float cosine, -inf where an index found none; (Q, k) int64 row
     "Nearest rows by the search of your choice; a row number of -1 never gets out."
     k = _neighbours(k, len(memory), "clamp")
-    if how in ("auto", "pieces"): return nearest_patches(queries, memory, k,
-                                                         chunk_bytes=chunk_bytes)
+    if how in ("auto", "pieces"):
+        return nearest_patches(queries, memory, k, chunk_bytes=chunk_bytes)
     q = F.normalize(queries.float(), dim=1)
     expect(q, "Q D", "queries")
     if how == "faiss": found = _by_faiss(q, memory, k)
@@ -163,13 +165,14 @@ def search(
     else: raise ConfigError(explain("search", repr(how), f"{', '.join(SEARCHES)}, or an index"))
     return tuple(x.to(queries.device) for x in checked_neighbours(*found, len(memory)))
 
+# %% ../../nbs/3_evaluate/33_memory.ipynb #ff7294e6
 def _by_faiss(q, memory, k):
     "Exact inner products by faiss, with as many threads as torch has."
     faiss = need("faiss")
     some = dict(metric=faiss.METRIC_INNER_PRODUCT)
     q, memory = (x.detach().cpu().float().contiguous().numpy() for x in (q, memory))
-    if getattr(faiss, "get_num_gpus", int)(): return faiss.knn_gpu(faiss.StandardGpuResources(),
-                                                                   q, memory, k, **some)
+    if getattr(faiss, "get_num_gpus", int)():
+        return faiss.knn_gpu(faiss.StandardGpuResources(), q, memory, k, **some)
     before = faiss.omp_get_max_threads(); faiss.omp_set_num_threads(torch.get_num_threads())
     try: return faiss.knn(q, memory, k, **some)
     finally: faiss.omp_set_num_threads(before)
@@ -195,7 +198,7 @@ def rare_patches(
     score = (has * has.sum(0)).sum(1).to(torch.float32)   # patches that share a class with this one
     return (score * torch.rand(len(labels), generator=generator)).topk(n, largest=False).indices
 
-# %% ../../nbs/3_evaluate/33_memory.ipynb #b37f8f2c
+# %% ../../nbs/3_evaluate/33_memory.ipynb #9be86bb9
 def patches_per_image(
     memory: int | None,  # M, rows of the memory; None: no limit
     images: int,         # pictures
@@ -204,11 +207,12 @@ def patches_per_image(
     "Divide the budget of a memory among the views of the pictures."
     if memory is None: return None
     if memory // (images * epochs): return memory // (images * epochs)
-    raise ConfigError(explain("memory", f"{memory} patches for {images} pictures, {epochs} times each",
-                              f"at least one for each view: {images * epochs} or more",
-                              "a larger memory, fewer epochs or fewer pictures"))
+    raise ConfigError(explain(
+        "memory", f"{memory} patches for {images} pictures, {epochs} times each",
+        f"at least one for each view: {images * epochs} or more",
+        "a larger memory, fewer epochs or fewer pictures"))
 
-# %% ../../nbs/3_evaluate/33_memory.ipynb #de03b945
+# %% ../../nbs/3_evaluate/33_memory.ipynb #8b81a06d
 class Memory:
     "Labelled patches that can be asked."
     def __init__(
@@ -232,21 +236,24 @@ class Memory:
 
     def __len__(self): return self.n
 
-    @property
-    def rows(self) -> Tensor:
-        "What is remembered: (M, D) float32 rows of length 1."
-        return self._stored(self._rows)
+# %% ../../nbs/3_evaluate/33_memory.ipynb #8626ba1b
+@patch
+def _stored(self: Memory, x):
+    "The filled part of the layout."
+    if not self.n: raise DataError("the memory is empty: add labelled pictures first")
+    return x[:self.n]
 
-    @property
-    def labels(self) -> Tensor:
-        "What it shows: (M, C) float32 class shares."
-        return self._stored(self._labels)
+@patch(as_prop=True)
+def rows(self: Memory) -> Tensor:
+    "What is remembered: (M, D) float32 rows of length 1."
+    return self._stored(self._rows)
 
-    def _stored(self, x):
-        if not self.n: raise DataError("the memory is empty: add labelled pictures first")
-        return x[:self.n]
+@patch(as_prop=True)
+def labels(self: Memory) -> Tensor:
+    "What it shows: (M, C) float32 class shares."
+    return self._stored(self._labels)
 
-# %% ../../nbs/3_evaluate/33_memory.ipynb #4f38a4c4
+# %% ../../nbs/3_evaluate/33_memory.ipynb #c7208e25
 @patch
 def add(
     self: Memory,
@@ -267,6 +274,7 @@ def add(
         self._store(r, y)
     return self.n - before
 
+# %% ../../nbs/3_evaluate/33_memory.ipynb #22d21a56
 @patch
 def _store(self: Memory, rows, labels):
     "Copy rows into the layout, which doubles when it is full."
@@ -280,7 +288,7 @@ def _store(self: Memory, rows, labels):
     self._rows[self.n:need_], self._labels[self.n:need_] = rows, labels
     self.n = need_
 
-# %% ../../nbs/3_evaluate/33_memory.ipynb #bf4f00a4
+# %% ../../nbs/3_evaluate/33_memory.ipynb #b9bcd3c2
 @patch
 def soft(
     self: Memory,
@@ -292,8 +300,9 @@ def soft(
     features = expect(features, "B D h w", name="features", dtype="float")
     rows, labels, k = self.rows, self.labels, k or self.k
     if features.shape[1] != rows.shape[1]: raise DataError(explain(
-        "features", f"{features.shape[1]} wide", f"{rows.shape[1]}, as the memory's", "use one backbone"))
-    if k > len(rows): self._note(f"k={k}: the memory holds {len(rows)} patches, so {len(rows)} were asked")
+        "features", f"{features.shape[1]} wide", f"{rows.shape[1]}, as the memory's",
+        "use one backbone"))
+    if k > (n := len(rows)): self._note(f"k={k}: the memory holds {n} patches, so {n} were asked")
     B, D, h, w = features.shape
     q = features.flatten(2).transpose(1, 2).reshape(-1, D).to(self.device)
     answers = []
@@ -302,8 +311,10 @@ def soft(
         answers.append(blend_labels(cosine, labels[at], self.beta if beta is None else beta))
     return torch.cat(answers).reshape(B, h, w, -1).permute(0, 3, 1, 2)
 
+# %% ../../nbs/3_evaluate/33_memory.ipynb #893563fb
 @patch
 def _note(self: Memory, text):
+    "Remember what a reader of the answers must know."
     if text not in self.notes: self.notes.append(text)
 
 @patch

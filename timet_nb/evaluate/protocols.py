@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/3_evaluate/protocols.html.md"""
 __all__ = ['PUBLISHED_SPLITS', 'DATA_NAMES', 'PROTOCOLS', 'LOW_DATA', 'EvalData', 'eval_data', 'Remember', 'NotDefined',
            'Outcome', 'Protocol', 'protocol']
 
-# %% ../../nbs/3_evaluate/38_protocols.ipynb #bd8053dc
+# %% ../../nbs/3_evaluate/38_protocols.ipynb #f38f4641
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +16,7 @@ import hashlib
 import math
 from pathlib import Path
 
+from fastcore.basics import patch
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from ..data.catalog import Layout
 from ..data.classes import ClassSet, class_set
 from ..data.layout import find_layout
 
-# %% ../../nbs/3_evaluate/38_protocols.ipynb #44751890
+# %% ../../nbs/3_evaluate/38_protocols.ipynb #f2755954
 @dataclass(frozen=True, repr=False)
 class EvalData:
     "A labelled data set as the protocols see it."
@@ -36,24 +37,27 @@ class EvalData:
     division: str                  # how the two came about
     identity: str                  # 16 hex digits: other files, other digits
 
-    @property
-    def moving(self) -> bool:
-        "Whether there is a clip with two labelled frames."
-        return any(c.n_masks() > 1 for c in self.layout)
+# %% ../../nbs/3_evaluate/38_protocols.ipynb #d4011359
+@patch(as_prop=True)
+def moving(self: EvalData) -> bool:   # False: single pictures
+    "Whether there is a clip with two labelled frames."
+    return any(c.n_masks() > 1 for c in self.layout)
 
-    def redivided(
-        self,
-        seed: int,       # of the division
-    ) -> "EvalData":     # itself where the division is published
-        "Divide the same pictures anew: a spread over seeds holds the luck of the division too."
-        if self.division.startswith("as published"): return self
-        train, val = self.pictures.split(.5, seed, shared=True)
-        return replace(self, train=train, val=val, division=_words(seed))
+@patch
+def redivided(
+    self: EvalData,
+    seed: int,       # of the division
+) -> EvalData:       # itself where the division is published
+    "Divide the same pictures anew: a spread over seeds holds the luck of the division too."
+    if self.division.startswith("as published"): return self
+    train, val = self.pictures.split(.5, seed, shared=True)
+    return replace(self, train=train, val=val, division=_words(seed))
 
-    def __repr__(self):
-        sides = f"{len(self.train)} + {len(self.val)} pictures"
-        return (f"EvalData({self.name}: {len(self.layout)} clips, {sides}, "
-                f"{self.train.n_classes} classes with background, {self.division})")
+@patch
+def __repr__(self: EvalData):
+    sides = f"{len(self.train)} + {len(self.val)} pictures"
+    return (f"EvalData({self.name}: {len(self.layout)} clips, {sides}, "
+            f"{self.train.n_classes} classes with background, {self.division})")
 
 # %% ../../nbs/3_evaluate/38_protocols.ipynb #e79d2d2f
 PUBLISHED_SPLITS = (("trainaug", "val"), ("train", "val"))
@@ -102,7 +106,7 @@ def eval_data(
     name = DATA_NAMES.get((layout.kind, judged.part), layout.root.name)
     return EvalData(name, judged, every, train, val, division, _identity(layout))
 
-# %% ../../nbs/3_evaluate/38_protocols.ipynb #15ef3b62
+# %% ../../nbs/3_evaluate/38_protocols.ipynb #8c857da9
 class Remember:
     "A backbone that looks at a picture once; everything else is the backbone's own."
     def __init__(
@@ -131,18 +135,21 @@ class Remember:
 
     __call__ = forward = tokens
 
-    def _key(self, picture, options):
-        "Hash a picture and what is asked of it."
-        about = repr((tuple(picture.shape), sorted(options.items()))).encode()
-        data = picture.detach().cpu().contiguous().numpy().tobytes()
-        return hashlib.sha1(data + about).digest()
+# %% ../../nbs/3_evaluate/38_protocols.ipynb #028e74e4
+@patch
+def _key(self: Remember, picture, options):
+    "Hash a picture and what is asked of it."
+    about = repr((tuple(picture.shape), sorted(options.items()))).encode()
+    data = picture.detach().cpu().contiguous().numpy().tobytes()
+    return hashlib.sha1(data + about).digest()
 
-    def _keep(self, key, f):
-        "Add a map; drop the oldest until all fit."
-        if key in self.kept: return
-        self.kept[key] = f.detach().cpu(); self.held += f.nbytes
-        while self.held > self.limit and len(self.kept) > 1:
-            self.held -= self.kept.popitem(last=False)[1].nbytes
+@patch
+def _keep(self: Remember, key, f):
+    "Add a map; drop the oldest until all fit."
+    if key in self.kept: return
+    self.kept[key] = f.detach().cpu(); self.held += f.nbytes
+    while self.held > self.limit and len(self.kept) > 1:
+        self.held -= self.kept.popitem(last=False)[1].nbytes
 
 # %% ../../nbs/3_evaluate/38_protocols.ipynb #49b73573
 class NotDefined(ConfigError):

@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/3_evaluate/report.html.md"""
 __all__ = ['COLUMNS', 'part_key', 'rows_of', 'Report', 'report_table', 'markdown', 'report_figure', 'save_report', 'load_report',
            'label_of', 'evaluate', 'compare', 'comparison_figure']
 
-# %% ../../nbs/3_evaluate/38_report.ipynb #3ad3af5e
+# %% ../../nbs/3_evaluate/38_report.ipynb #a6a571b8
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 import hashlib
@@ -16,6 +16,8 @@ import json
 from pathlib import Path
 import statistics
 import time
+
+from fastcore.basics import patch
 
 from .. import __version__
 from ..base.record import Table, read_json, table, write_json
@@ -80,7 +82,7 @@ def rows_of(
                         values=v, seconds=seconds, status="ok" if v else "no number"))
     return out
 
-# %% ../../nbs/3_evaluate/38_report.ipynb #154b608c
+# %% ../../nbs/3_evaluate/38_report.ipynb #968659f4
 COLUMNS = dict(protocol="protocol", metric="metric", value="value", sd="sd", n="seeds", seconds="s",
                status="status", published="published")
 
@@ -96,25 +98,28 @@ class Report:
     reused: int = 0                      # parts that were there already
     computed: int = 0                    # parts computed now
 
-    @property
-    def failed(self) -> list[dict]:
-        "Rows of protocols that stopped with an error."
-        return [r for r in self.rows if r["status"].startswith("failed")]
+# %% ../../nbs/3_evaluate/38_report.ipynb #5a2d5bbb
+@patch(as_prop=True)
+def failed(self: Report) -> list[dict]:   # rows; [] when all went well
+    "Rows of protocols that stopped with an error."
+    return [r for r in self.rows if r["status"].startswith("failed")]
 
-    def value(
-        self,
-        protocol: str,   # name of a protocol
-        metric: str,     # name of one of its metrics
-    ) -> float:          # mean over seeds
-        "Look one number up."
-        for r in self.rows:
-            if (r["protocol"], r["metric"]) == (protocol, metric): return r["value"]
-        raise DataError(f"this report has no {metric!r} of {protocol!r}")
+@patch
+def value(
+    self: Report,
+    protocol: str,   # name of a protocol
+    metric: str,     # name of one of its metrics
+) -> float:          # mean over seeds
+    "Look one number up."
+    for r in self.rows:
+        if (r["protocol"], r["metric"]) == (protocol, metric): return r["value"]
+    raise DataError(f"this report has no {metric!r} of {protocol!r}")
 
-    def __repr__(self):
-        return f"Report({self.backbone} on {self.data}, {self.preset}: {len(self.rows)} rows)"
+@patch
+def __repr__(self: Report):
+    return f"Report({self.backbone} on {self.data}, {self.preset}: {len(self.rows)} rows)"
 
-# %% ../../nbs/3_evaluate/38_report.ipynb #97fba18c
+# %% ../../nbs/3_evaluate/38_report.ipynb #9520dfcd
 def _measured(report, r):
     "A row as `beside` takes it."
     metric, setting = r["metric"], {}
@@ -125,6 +130,7 @@ def _measured(report, r):
     return dict(protocol=r["protocol"], metric=metric, data=report.data,
                 preset=report.preset, setting=setting)
 
+# %% ../../nbs/3_evaluate/38_report.ipynb #1dacade5
 def _with_published(report):
     "Rows with the nearest published figure, and sentences about all of them."
     rows, said = [], []
@@ -142,7 +148,7 @@ def report_table(
     "Lay a report out."
     return table(_with_published(report)[0], COLUMNS)
 
-# %% ../../nbs/3_evaluate/38_report.ipynb #809e2ffb
+# %% ../../nbs/3_evaluate/38_report.ipynb #cb2ab9ca
 def markdown(
     report: Report,   # of `evaluate`
 ) -> str:             # a page
@@ -154,6 +160,7 @@ def markdown(
         if items: lines += [f"## {head}", "", *[f"- {i}" for i in items], ""]
     return "\n".join(lines)
 
+# %% ../../nbs/3_evaluate/38_report.ipynb #8d09eee5
 def report_figure(
     report: Report,   # of `evaluate`
 ):                    # matplotlib Figure
@@ -163,6 +170,7 @@ def report_figure(
     if not shown: raise DataError(f"{report!r}: no number to draw")
     return bars(shown, "score", f"{report.backbone} on {report.data}", width=5.6)
 
+# %% ../../nbs/3_evaluate/38_report.ipynb #cd83585b
 def save_report(
     report: Report,     # of `evaluate`
     out: str | Path,    # a folder
@@ -210,7 +218,7 @@ def label_of(
     path = Path(backbone)
     return f"{path.parent.name}-{path.stem}".strip("-") if path.suffix else str(backbone)
 
-# %% ../../nbs/3_evaluate/38_report.ipynb #e1ff65fe
+# %% ../../nbs/3_evaluate/38_report.ipynb #3fec4f40
 def evaluate(
     backbone,                  # a Backbone, the name of one, or a checkpoint file
     data,                      # EvalData, a Layout with masks, or a folder in a known layout
@@ -223,25 +231,31 @@ def evaluate(
     say=None,                  # called with one line a finished part; None: silent
 ) -> Report:                   # rows, notes and facts
     "Judge a backbone by every protocol; what is there already is not computed again."
-    chosen = _chosen(protocols)
     if seeds < 1: raise ConfigError(explain("seeds", seeds, "1 or more"))
-    settings = {p.name: p.settings(preset) for p in chosen}
+    asked = [(p, p.settings(preset)) for p in _chosen(protocols)]
     data = data if isinstance(data, EvalData) else eval_data(data)
     net, label = _as_backbone(backbone, device)
-    seen, weights = Remember(net), net.fingerprint()
-    folder = Path(out) / "parts" if out else None
-    rows, notes, count = [], list(data.train.notes), {True: 0, False: 0}
-    for p in chosen:
-        parts = _parts(p, seen, data, settings[p.name], seeds, weights, folder, say)
-        for part in parts: count[part["reused"]] += 1
-        rows += rows_of(parts); notes += [n for part in parts for n in part.get("notes", ())]
-    about = dict(division=data.division, weights=weights[:16], seeds=seeds, protocols=len(chosen),
-                 **{k: str(v) for k, v in environment().items()})
-    notes = tuple(dict.fromkeys(notes))
-    report = Report(name or label, data.name, preset, tuple(rows), notes, about,
-                    count[True], count[False])
+    parts = _ask(asked, net, data, seeds, Path(out) / "parts" if out else None, say)
+    report = _report(parts, name or label, data, preset, net.fingerprint(), seeds)
     if out: save_report(report, out)
     return report
+
+# %% ../../nbs/3_evaluate/38_report.ipynb #2280593e
+def _ask(asked, net, data, seeds, folder, say):
+    "Parts, one list a protocol; all of them share one memory of features."
+    seen, weights = Remember(net), net.fingerprint()
+    return [_parts(p, seen, data, s, seeds, weights, folder, say) for p, s in asked]
+
+def _report(parts, name, data, preset, weights, seeds):
+    "Gather parts into a report."
+    every = [part for seeds_of_one in parts for part in seeds_of_one]
+    rows = tuple(row for seeds_of_one in parts for row in rows_of(seeds_of_one))
+    said = [*data.train.notes, *(n for part in every for n in part.get("notes", ()))]
+    about = dict(division=data.division, weights=weights[:16], seeds=seeds, protocols=len(parts),
+                 **{k: str(v) for k, v in environment().items()})
+    reused = sum(part["reused"] for part in every)
+    return Report(name, data.name, preset, rows, tuple(dict.fromkeys(said)), about,
+                  reused, len(every) - reused)
 
 # %% ../../nbs/3_evaluate/38_report.ipynb #98a5317d
 def _parts(p, backbone, data, settings, seeds, weights, folder, say):
@@ -266,7 +280,7 @@ def _line(part):
     again = " (was there)" if part["reused"] else f" ({part['seconds']:.0f} s)"
     return f"{part['protocol']:12} seed {part['seed']}: {found}{again}"
 
-# %% ../../nbs/3_evaluate/38_report.ipynb #3719ade3
+# %% ../../nbs/3_evaluate/38_report.ipynb #b990aa99
 def compare(
     reports: Iterable[Report],   # of several backbones
 ) -> Table:                      # one row a metric, one column a backbone
@@ -290,6 +304,7 @@ def _pm(r):
     "Mean and spread in one cell."
     return f"{r['value']:.3f}" + (f" ± {r['sd']:.3f}" if r["sd"] is not None else "")
 
+# %% ../../nbs/3_evaluate/38_report.ipynb #7715ee6e
 def comparison_figure(
     reports: Iterable[Report],   # of several backbones
 ):                               # matplotlib Figure

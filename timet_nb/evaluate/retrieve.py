@@ -120,7 +120,7 @@ def _views(data, config, side, epoch, seed):
                  for it in items]
         yield *map(torch.stack, zip(*pairs)), items
 
-# %% ../../nbs/3_evaluate/33_retrieve.ipynb #3149609e
+# %% ../../nbs/3_evaluate/33_retrieve.ipynb #ac270dba
 def _features(backbone, images, items, config):
     "(B, D, h, w) of a batch, finite."
     maps = forward_batch(backbone, _recoloured(images, backbone, config.normalise))
@@ -131,7 +131,7 @@ def _features(backbone, images, items, config):
     return maps
 
 def _recoloured(images, backbone, normalise):
-    "Pixels that the backbone's constants turn into what other constants would have made of the images."
+    "Pixels of which the backbone's constants make what other constants make of the images."
     if normalise == "model": return images
     mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in NORMALISE[normalise])
     return (images - mean) / std * backbone.std[0].cpu() + backbone.mean[0].cpu()
@@ -142,7 +142,7 @@ def _side(backbone, config):
         "size", f"{config.size} pixels", f"at least one patch of {backbone.patch}"))
     return backbone.fit_size(config.size, config.size)[0]
 
-# %% ../../nbs/3_evaluate/33_retrieve.ipynb #a6df9c8e
+# %% ../../nbs/3_evaluate/33_retrieve.ipynb #3ccbe91f
 def fill_memories(
     backbone,                    # tokens(x (B, 3, H, W)) -> (B, D, h, w)
     train: ClassSet,             # labelled pictures
@@ -160,6 +160,7 @@ def fill_memories(
                 mine = [i for i, it in enumerate(items) if it.name in names]
                 if mine: memory.add(maps[mine], ids[mine])
 
+# %% ../../nbs/3_evaluate/33_retrieve.ipynb #3d551189
 def new_memory(
     train: ClassSet,          # the pictures that it will see
     config: RetrieveConfig,   # k, beta, memory, unknown, search
@@ -190,19 +191,19 @@ def ask_memories(
                                         C, C)
     return tables
 
-# %% ../../nbs/3_evaluate/33_retrieve.ipynb #743bf735
+# %% ../../nbs/3_evaluate/33_retrieve.ipynb #3fffd545
 @dataclass(frozen=True, repr=False)
 class RetrieveResult:
     "What retrieval scores, and what stands behind the number."
-    miou: float                # mean IoU in [0, 1] over the classes present in the truth, by `config.how`
+    miou: float                # mean IoU in [0, 1] over the classes in the truth, by `config.how`
     iou: dict                  # class name -> IoU; nan for a class that is absent from the truth
     absent: tuple              # classes without a pixel of truth: left out of the mean
-    untaught: tuple            # classes in the truth that no remembered patch shows: they count, as they fall
+    untaught: tuple            # classes in the truth that no remembered patch shows: they count
     memory_rows: int           # patches that were remembered
     direct: float              # mean IoU with the names as they are
     hungarian: float           # mean IoU after matching names to classes
     blind: float               # mean IoU of answering background everywhere
-    renamed: dict              # predicted name -> class that the matching gave it, where they differ
+    renamed: dict              # predicted name -> class it was matched with, where they differ
     fraction: float            # share of the training pictures
     seed: int                  # of share, augmentation and choice
     pictures: tuple            # training pictures used, validation pictures
@@ -212,11 +213,12 @@ class RetrieveResult:
     table: Tensor | None = field(default=None, compare=False)  # (C, C) pixels, truth by prediction
 
     def __repr__(self):
+        told = "".join(f"; {n}" for n in self.notes)
         return (f"RetrieveResult(miou={self.miou:.4f}, direct={self.direct:.4f}, "
-                f"hungarian={self.hungarian:.4f}, blind={self.blind:.4f}, {self.memory_rows} patches "
-                f"of {self.pictures[0]} pictures" + "".join(f"; {n}" for n in self.notes) + ")")
+                f"hungarian={self.hungarian:.4f}, blind={self.blind:.4f}, {self.memory_rows} "
+                f"patches of {self.pictures[0]} pictures{told})")
 
-# %% ../../nbs/3_evaluate/33_retrieve.ipynb #454ee28a
+# %% ../../nbs/3_evaluate/33_retrieve.ipynb #c12ccea7
 def score_table(
     table: Tensor,            # (C, C) int64 pixels, truth by prediction
     names: Sequence[str],     # C class names
@@ -231,13 +233,14 @@ def score_table(
     iou.update((names[c], v) for c, v in zip(chosen.classes.tolist(), chosen.iou.tolist()))
     renamed = {names[p]: names[c] for p, c in enumerate(read["hungarian"].mapping.tolist())
                if p != c and c >= 0 and table[:, p].any()}
-    return dict(miou=chosen.miou, iou=iou, direct=read["none"].miou, hungarian=read["hungarian"].miou,
-                absent=tuple(n for n, t in zip(names, there) if not t), renamed=renamed,
+    return dict(miou=chosen.miou, iou=iou, renamed=renamed,
+                direct=read["none"].miou, hungarian=read["hungarian"].miou,
+                absent=tuple(n for n, t in zip(names, there) if not t),
                 blind=float(table[0].sum() / table.sum() / there.sum()), table=table)
 
-# %% ../../nbs/3_evaluate/33_retrieve.ipynb #8efd6145
+# %% ../../nbs/3_evaluate/33_retrieve.ipynb #e7e2dd24
 def evaluate_retrieval(
-    backbone,                       # tokens(x (B, 3, H, W) in [0, 1]) -> (B, D, h, w); put on `device`
+    backbone,                       # tokens(x (B, 3, H, W)) -> (B, D, h, w); put on `device`
     train: ClassSet,                # labelled pictures, the memory
     val: ClassSet,                  # pictures to be judged on, with the same class names
     config: RetrieveConfig | None = None,   # settings; None: RetrieveConfig()
@@ -248,6 +251,7 @@ def evaluate_retrieval(
     "Segment the validation pictures by their nearest labelled patches, and score it."
     return low_data(backbone, train, val, config, (fraction,), (seed,), device)[fraction, seed]
 
+# %% ../../nbs/3_evaluate/33_retrieve.ipynb #ff17dbed
 _all_ = ["Memory", "blend_labels", "checked_neighbours", "nearest_patches", "patch_labels",
          "patches_per_image", "piece_sizes", "rare_patches", "search", "top_of_groups"]
 FRACTIONS = (1., 1 / 8, 1 / 64, 1 / 128)      # published shares of the training set
@@ -262,7 +266,7 @@ def low_data(
     seeds: Sequence[int] = SHARE_SEEDS,            # one draw each
     device: str = "auto",           # where to compute
 ) -> dict:                          # {(fraction, seed): RetrieveResult}
-    "Score shares of the training set; all memories are filled and asked together, a seed at a time."
+    "Score shares of the training set; all memories of a seed are filled and asked together."
     config = config or RetrieveConfig()
     _check_sides(train, val)
     device, results = pick_device(device), {}
@@ -270,21 +274,22 @@ def low_data(
     for seed in seeds: results |= _one_seed(backbone, train, val, config, fractions, seed, device)
     return results
 
-# %% ../../nbs/3_evaluate/33_retrieve.ipynb #843078ae
+# %% ../../nbs/3_evaluate/33_retrieve.ipynb #6f48493e
 def _one_seed(backbone, train, val, config, fractions, seed, device):
     "Results of all shares for one seed."
     shares = {f: train.share(f, seed) for f in fractions}
     memories = {f: new_memory(s, config, seed, device) for f, s in shares.items()}
     largest = shares[max(fractions)]
-    fill_memories(backbone, largest, [(memories[f], {i.name for i in s}) for f, s in shares.items()],
-                  config, seed)
+    wanted = [(memories[f], {i.name for i in s}) for f, s in shares.items()]
+    fill_memories(backbone, largest, wanted, config, seed)
     for f, m in memories.items():
         if not len(m): raise DataError(explain(
             "training masks", f"no known pixel in {len(shares[f])} pictures", "labelled pixels"))
-    tables = ask_memories(backbone, val, memories, config)
-    return {(f, seed): _result(tables[f], m, shares[f], val, config, f, seed, _side(backbone, config))
+    tables, side = ask_memories(backbone, val, memories, config), _side(backbone, config)
+    return {(f, seed): _result(tables[f], m, shares[f], val, config, f, seed, side)
             for f, m in memories.items()}
 
+# %% ../../nbs/3_evaluate/33_retrieve.ipynb #94058e61
 def _result(table, memory, train, val, config, fraction, seed, side):
     "Put a score beside what stands behind it."
     names, taught = val.names, memory.labels.sum(0).cpu() > 0
@@ -307,5 +312,6 @@ def _check_sides(train, val):
     "Both sides must mean the same by a class number."
     if train.names == val.names: return
     odd = sorted(set(train.names) ^ set(val.names)) or ["their order"]
-    raise ConfigError(explain("class names", f"two sides that differ in {', '.join(odd[:5])}",
-                              "the same names in the same order", "class_set(..., names=[...]) for both"))
+    raise ConfigError(explain(
+        "class names", f"two sides that differ in {', '.join(odd[:5])}",
+        "the same names in the same order", "class_set(..., names=[...]) for both"))

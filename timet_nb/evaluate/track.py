@@ -80,7 +80,7 @@ def _grow(soft, size):
     grown = F.interpolate(soft[None].float(), size=tuple(size), mode="bilinear")[0]
     return grown.max(0).indices.cpu()
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #ff83ccca
+# %% ../../nbs/3_evaluate/35_track.ipynb #0c840ca4
 class Tracker:
     "Carries the objects of one mask through a stream, one frame at a time."
     def __init__(
@@ -99,13 +99,14 @@ class Tracker:
     ):
         self.mask = _first_mask(mask, _frame(frame).shape[-2:])
         self.backbone, self.block, self.norm = backbone, block, norm
-        self.size = network_size(*self.mask.shape, backbone.patch, size)
+        side = getattr(backbone, "multiple", backbone.patch)      # a CNN halves more often
+        self.size = network_size(*self.mask.shape, side, size)
         self.how, self.groups = (n_last, topk, radius, temperature, chunk), []
         self.features = self._tokens(frame)
         self._begin(self.mask, objects_in(self.mask))
         self.state, self.names = self.groups[0]   # class k of the grid is names[k]
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #400b27eb
+# %% ../../nbs/3_evaluate/35_track.ipynb #444cbb67
 @patch
 @torch.no_grad()
 def _tokens(self: Tracker, frame):
@@ -121,7 +122,7 @@ def _begin(self: Tracker, mask, ids):
     labels = ids_to_grid(_number(mask, names), len(names), tuple(f.shape[-2:])).to(f.device)
     self.groups.append((Propagator(labels, f, *self.how), names))
 
-
+# %% ../../nbs/3_evaluate/35_track.ipynb #d0fe7f9d
 @patch
 def step(
     self: Tracker,
@@ -158,7 +159,7 @@ def join(
     if new: self._begin(mask, new)
     return torch.where(torch.isin(mask, torch.tensor(new, dtype=mask.dtype)), mask, found)
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #f799d629
+# %% ../../nbs/3_evaluate/35_track.ipynb #1269654a
 def track(
     backbone,       # a Backbone
     source,         # frames: (T, 3, H, W), an iterable of (3, H, W), a ClipReader, or a Clip
@@ -181,7 +182,7 @@ def track(
         raise DataError(f"masks were given for frames {', '.join(map(str, list(given)[:5]))}; "
                         f"the source has {n + 1}, from 0")
 
-
+# %% ../../nbs/3_evaluate/35_track.ipynb #62040759
 def _advance(tracker, backbone, frame, mask, size, options):
     "One frame: start, go on, or let someone join."
     if tracker is not None:
@@ -191,7 +192,7 @@ def _advance(tracker, backbone, frame, mask, size, options):
     tracker = Tracker(backbone, frame, mask, size, **options)
     return tracker, torch.where(tracker.mask == 255, 0, tracker.mask)
 
-# %% ../../nbs/3_evaluate/35_track.ipynb #f1a5ba31
+# %% ../../nbs/3_evaluate/35_track.ipynb #e96bab35
 def evaluate_tracking(
     backbone,                   # a Backbone
     layout,                     # a Layout (or list of Clips) with masks
@@ -210,16 +211,20 @@ def evaluate_tracking(
             continue
         try: score, given = _score_one(backbone, clip, size, step, frames, out, skip_ends, options)
         except DataError as e: raise DataError(f"clip {clip.name}: {e}") from e
-        if not given:
-            rows.notes.append(f"clip {clip.name}: no object in its first frame, not tracked")
-        else: rows += [{"clip": clip.name} | r for r in score.rows()]
-        late = sorted(score.objects - set(given)) if given else []
-        if late:
-            rows.notes.append(f"clip {clip.name}: {len(late)} objects appear after the first "
-                              f"frame, were not given, are lost: {', '.join(map(str, late))}")
+        if given: rows += [{"clip": clip.name} | r for r in score.rows()]
+        rows.notes += _clip_notes(clip.name, score.objects, given)
     if not rows:
         raise DataError(f"no clip could be tracked: {'; '.join(rows.notes[:3]) or 'none given'}")
     return rows
+
+# %% ../../nbs/3_evaluate/35_track.ipynb #5cbc3068
+def _clip_notes(name, objects, given):
+    "What a reader of the rows must know of a clip."
+    if not given: return [f"clip {name}: no object in its first frame, not tracked"]
+    late = sorted(objects - set(given))
+    if not late: return []
+    return [f"clip {name}: {len(late)} objects appear after the first frame, "
+            f"were not given, are lost: {', '.join(map(str, late))}"]
 
 # %% ../../nbs/3_evaluate/35_track.ipynb #71f5b83c
 def _score_one(backbone, clip, size, step, frames, out, skip_ends, options):

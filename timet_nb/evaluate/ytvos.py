@@ -7,12 +7,13 @@ Docs: https://timet-nb.github.io/timet_nb/3_evaluate/ytvos.html.md"""
 # %% auto #0
 __all__ = ['Task', 'read_tasks', 'run_ytvos', 'YtvosScore', 'evaluate_ytvos']
 
-# %% ../../nbs/3_evaluate/35_ytvos.ipynb #825c27b3
+# %% ../../nbs/3_evaluate/35_ytvos.ipynb #ec143ac0
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 import json, math
 from pathlib import Path
 
+from fastcore.basics import patch
 import numpy as np
 
 from ..base.runtime import ConfigError, DataError, explain, progress
@@ -21,7 +22,7 @@ from ..data.frames import ClipReader, read_mask, write_mask
 from .judge import TrackScore, _answers, _clip_notes, _colours, _mask_folders
 from .track import track
 
-# %% ../../nbs/3_evaluate/35_ytvos.ipynb #83867aa0
+# %% ../../nbs/3_evaluate/35_ytvos.ipynb #2b277bc2
 @dataclass(frozen=True)
 class Task:
     "What a clip asks for."
@@ -34,7 +35,7 @@ class Task:
         "The union of the frames of all objects."
         return sorted({f for fs in self.frames.values() for f in fs})
 
-
+# %% ../../nbs/3_evaluate/35_ytvos.ipynb #7221c78e
 def read_tasks(
     meta: str | Path | Mapping,   # a meta.json, the folder it is in, or what it holds
 ) -> dict[str, Task]:             # clip name -> its task
@@ -61,7 +62,7 @@ def _task(name, objects):
     return Task(name, {int(i): str(o["category"]) for i, o in objects.items()},
                 {int(i): tuple(sorted(map(str, o["frames"]))) for i, o in objects.items()})
 
-# %% ../../nbs/3_evaluate/35_ytvos.ipynb #26a8eb04
+# %% ../../nbs/3_evaluate/35_ytvos.ipynb #d565c474
 def run_ytvos(
     backbone,                   # a Backbone
     root: str | Path,           # folder with meta.json, JPEGImages/<clip>/ and Annotations/<clip>/
@@ -77,7 +78,7 @@ def run_ytvos(
         lost = [s for s in tasks[name].requested if s not in frames]
         if lost:
             raise DataError(f"clip {name}: {len(lost)} requested frames are not in "
-                                 f"{root / 'JPEGImages' / name}: {', '.join(lost[:3])}")
+                            f"{root / 'JPEGImages' / name}: {', '.join(lost[:3])}")
         given = _given(root, tasks[name], list(frames), notes)
         source = ClipReader(Clip(name, tuple(frames.values())))
         for stem, ids in zip(frames, track(backbone, source, given, size, **options)):
@@ -102,7 +103,7 @@ def _given(root, task, stems, notes):
                      "it cannot be found")
     return given
 
-# %% ../../nbs/3_evaluate/35_ytvos.ipynb #7c9d077f
+# %% ../../nbs/3_evaluate/35_ytvos.ipynb #5f4acc69
 @dataclass
 class YtvosScore:
     "J and F of seen and unseen categories."
@@ -118,24 +119,26 @@ class YtvosScore:
         values = [r[number] for r in self.rows if seen is None or r["seen"] == seen]
         return float(np.mean(values)) if values else math.nan
 
-    @property
-    def parts(self) -> dict[str, float]:   # J_seen ... F_unseen, or J and F when there is one kind
-        "The numbers that G is the mean of."
-        kinds = {r["seen"] for r in self.rows}
-        if len(kinds) < 2: return {n: self.mean(n, None) for n in "JF"}
-        return {f"{n}_{k}": self.mean(n, k == "seen") for n in "JF" for k in ("seen", "unseen")}
-
-    @property
-    def G(self) -> float:     # in [0, 1]
-        "The mean of the parts."
-        return float(np.mean(list(self.parts.values())))
-
     def __repr__(self):
         told = ", ".join(f"{k} {v:.3f}" for k, v in self.parts.items())
         counts = f"{len(self.rows)} objects, {len(self.notes)} notes"
         return f"YtvosScore(G {self.G:.3f}: {told}; {counts})"
 
-# %% ../../nbs/3_evaluate/35_ytvos.ipynb #f4a3ba46
+# %% ../../nbs/3_evaluate/35_ytvos.ipynb #e18e91e8
+@patch(as_prop=True)
+def parts(self: YtvosScore) -> dict[str, float]:   # J_seen ... F_unseen, or J and F of one kind
+    "The numbers that G is the mean of."
+    kinds = {r["seen"] for r in self.rows}
+    if len(kinds) < 2: return {n: self.mean(n, None) for n in "JF"}
+    return {f"{n}_{k}": self.mean(n, k == "seen") for n in "JF" for k in ("seen", "unseen")}
+
+
+@patch(as_prop=True)
+def G(self: YtvosScore) -> float:     # in [0, 1]
+    "The mean of the parts."
+    return float(np.mean(list(self.parts.values())))
+
+# %% ../../nbs/3_evaluate/35_ytvos.ipynb #64710328
 def evaluate_ytvos(
     pred: str | Path,          # folder with a folder of masks for each clip
     gt: str | Path,            # the truth of the requested frames, in the same form
@@ -147,24 +150,20 @@ def evaluate_ytvos(
     bound_th: float = .008,    # tolerance of F as a share of the diagonal
 ) -> YtvosScore:               # .G, .parts, .rows, .notes; objects that are never scored are noted
     "Score the requested frames of a YouTube-VOS result."
-    if missing not in ("error",
-                       "empty"): raise ConfigError(f"missing={missing!r}; expected error or empty")
+    if missing not in ("error", "empty"):
+        raise ConfigError(f"missing={missing!r}; expected error or empty")
     tasks, seen = read_tasks(meta), _seen(seen)
-    truth, found = _mask_folders(gt, "gt"), _mask_folders(pred, "pred")
-    lost = [n for n in tasks if n not in truth]
-    if lost:
-        raise DataError(f"{gt}: no truth of {len(lost)} of {len(tasks)} clips: "
-                        f"{', '.join(lost[:3])}")
+    truth, found = _truth(gt, tasks), _mask_folders(pred, "pred")
     result = YtvosScore([], _clip_notes(list(tasks), tasks, found, missing, pred))
-    plan = {n: _requests(t, truth[n], found.get(n, {}), missing, bound_th, result.notes) for n,
-            t in tasks.items()}
+    plan = {n: _requests(t, truth[n], found.get(n, {}), missing, bound_th, result.notes)
+            for n, t in tasks.items()}
     for name, answers in _answers(plan, workers):
         score = TrackScore(skip_ends=False)
         result.notes += [f"clip {name}: {n}" for n in score.take(answers)]
         result.rows += _object_rows(tasks[name], score, seen, given, result.notes)
     return result
 
-# %% ../../nbs/3_evaluate/35_ytvos.ipynb #3f582ee8
+# %% ../../nbs/3_evaluate/35_ytvos.ipynb #2e7ad967
 def _seen(seen):
     "The set of seen categories; None: no distinction."
     if seen is None: return None
@@ -172,6 +171,16 @@ def _seen(seen):
     return {c for t in read_tasks(seen).values() for c in t.category.values()}
 
 
+def _truth(gt, tasks):
+    "{clip: {stem: file}} of the truth; every clip must be there."
+    truth = _mask_folders(gt, "gt")
+    lost = [n for n in tasks if n not in truth]
+    if lost:
+        raise DataError(f"{gt}: no truth of {len(lost)} of {len(tasks)} clips: "
+                        f"{', '.join(lost[:3])}")
+    return truth
+
+# %% ../../nbs/3_evaluate/35_ytvos.ipynb #4033da00
 def _requests(task, truth, found, missing, bound_th, notes):
     "The requested frames of a clip in portions for `score_frames`."
     want = task.requested
@@ -190,7 +199,7 @@ def _requests(task, truth, found, missing, bound_th, notes):
                      f"{', '.join(extra[:3])}")
     return _portions(task.name, want, truth, found, bound_th)
 
-
+# %% ../../nbs/3_evaluate/35_ytvos.ipynb #ed225c81
 def _portions(name, want, truth, found, bound_th, few=24):
     "Jobs of a few frames each."
     gt, pred = [str(truth[s]) for s in want], [str(found[s]) if s in found else None for s in want]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..base.runtime import ConfigError, DataError, explain, expect
 
-# %% ../../nbs/2_features/24_attention.ipynb #0edc4227
+# %% ../../nbs/2_features/24_attention.ipynb #d4a30f02
 @torch.no_grad()
 def attention_mask(
     attention: Tensor,         # (B, heads, h, w) CLS attention to the patches, >= 0
@@ -30,7 +30,7 @@ def attention_mask(
     on = torch.zeros_like(x, dtype=torch.bool).scatter(1, order, value.cumsum(1) > 1 - keep)
     return _without_islands(on.unflatten(1, attention.shape[-2:]), min_cells)
 
-
+# %% ../../nbs/2_features/24_attention.ipynb #df8f1c20
 def _check_request(attention, keep, kernel):
     "Name the argument that does not fit."
     if not 0 < keep < 1: raise ConfigError(explain("keep", keep, "a share in (0, 1)"))
@@ -41,13 +41,14 @@ def _check_request(attention, keep, kernel):
         "attention", f"a grid of {tuple(attention.shape[-2:])} patches",
         f"sides above {kernel // 2} for a blur of {kernel}", "a larger image, or a smaller kernel"))
 
-# %% ../../nbs/2_features/24_attention.ipynb #dade4a3a
+# %% ../../nbs/2_features/24_attention.ipynb #3c1f4737
 def _blur(x, kernel, sigma):
     "Gaussian blur of (B, h, w) with reflected borders."
     t = torch.arange(kernel, device=x.device, dtype=x.dtype) - kernel // 2
     g = (-.5 * (t / sigma) ** 2).exp(); g = g / g.sum()
     x = F.pad(x[:, None], (kernel // 2,) * 4, mode="reflect")
     return F.conv2d(x, (g[:, None] * g)[None, None])[:, 0]
+
 
 def _without_islands(on, min_cells):
     "Drop 8-connected components of fewer than `min_cells` patches from (B, h, w) masks."
