@@ -55,6 +55,8 @@ bench: $(VENV)/.ok
 	@$(BIN)/timet run bench/speed_evaluate --budget cpu --threads 2
 	@$(BIN)/timet run bench/gpu --budget gpu
 	@$(BIN)/timet run bench/claims --budget cpu --threads $(THREADS)
+	@$(BIN)/timet run bench/claims_sine --budget cpu --threads 1
+	@$(BIN)/timet run bench/speed_sine --budget cpu --threads 1
 
 parity: $(VENV)/.ok
 	@$(BIN)/python -m tests.parity $(DIR)

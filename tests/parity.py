@@ -34,7 +34,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE / "golden"
-CHECKS = ("tests.parity_timet", "tests.parity_timet_loss", "tests.parity_dcsam", "tests.parity_sine_metrics")
+CHECKS = ("tests.parity_timet", "tests.parity_timet_loss", "tests.parity_dcsam", "tests.parity_sine", "tests.parity_sine_segment", "tests.parity_sine_metrics")
 ALWAYS_INPUT = "sd/* in/* cfg/* rng/* config_json seed"
 
 
@@ -195,7 +195,7 @@ def check_file(path: Path, name: str, show_inputs: bool = False) -> Iterator[Lin
         else: yield Line(f"{name}:{n}", "not covered", why="no check for this array")
 
 
-BUILT = {"timet"}
+BUILT = {"timet", "sine"}
 
 
 def missing(root: Path) -> Iterator[Line]:

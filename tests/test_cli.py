@@ -101,6 +101,24 @@ def test_segment_writes_masks_by_example_and_refuses_half_a_reference(tmp_path):
         assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.weights
+def test_segment_by_the_shipped_sine(tmp_path):
+    from timet_nb.base.runtime import CheckpointError
+    from timet_nb.features.backbone import create_backbone
+    try: create_backbone("efficientnet-lite0-imagenet")
+    except CheckpointError as e: pytest.skip(f"the pip-shipped CNN cannot be had: {str(e).splitlines()[0]}")
+    clips = ROOT / "data" / "clips"
+    frames, masks = ((clips / d / "480p" / "cat-wall") for d in ("JPEGImages", "Annotations"))
+    ref = ["--ref", frames / "00000.jpg", masks / "00000.png"]
+    done = timet("segment", frames, tmp_path / "out", *ref, "--method", "sine", "--step", "19", "--label", "cat")
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "out" / "answers.json").read_text())
+    assert told["method"] == "sine" and told["classes"] == ["cat"] and len(told["targets"]) == 2
+    assert {"masks", "identity", "instances"} <= set(told["targets"][0]["files"])
+    for words, said in [(["--size", "96"], "leave --size out"), (["--backbone", "test-vit"], "leave --backbone out")]:
+        with pytest.raises(SystemExit, match=said): main([str(w) for w in ("segment", frames, tmp_path / "no", *ref, "--method", "sine", *words)])
+
+
 def test_measure_prints_a_row_a_clip_and_records_it(tmp_path):
     done = timet("measure", "test-vit", ROOT / "data" / "clips", "--protocol", "track", "--frames", "3", "--size", "64", "--out", tmp_path)
     assert done.returncode == 0, done.stderr

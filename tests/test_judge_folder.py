@@ -64,6 +64,14 @@ def test_table_of_nothing_and_of_full_frames():
     assert frame_table(void, full)[0] == {} and frame_table(void, full)[1] == {}
 
 
+def test_a_mask_that_fills_the_frame_beside_one_that_does_not():
+    "The one has no outline, the other does."
+    part = np.zeros((40, 60), np.uint8); part[5:20, 5:20] = 1
+    for a, b in ((part, np.ones_like(part)), (np.ones_like(part), part)):
+        J, F_ = frame_table(a, b)[2:]
+        assert abs(J[0][0] - 225 / 2400) < 1e-9 and F_[0][0] == 0
+
+
 def test_sixteen_bit_ids():
     gt = np.zeros((20, 30), np.uint16); gt[3:9, 4:12] = 700; gt[12:18, 14:22] = 65535
     rows, cols, J, F_ = frame_table(gt, gt)

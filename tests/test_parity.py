@@ -141,7 +141,7 @@ def test_no_folder_and_empty_folder(tmp_path, capsys):
 
 
 def test_systems_to_come_are_not_covered(capsys):
-    code, body, last = lines(capsys, GOLDEN, "--only", "sine/position_encoding")
+    code, body, last = lines(capsys, GOLDEN, "--only", "tps/tps_iteration_flip1")
     assert code == 0 and last.startswith("parity: 0 agree, 0 differ, ") and len(body) > 1 and all("system not built yet" in l for l in body)
 
 

@@ -333,7 +333,7 @@ def propagate(
     masks = track(vit, layout[0], ids, size=size)
     print(f"{write_tracks(masks, out)} masks written: {out}")
 
-# %% ../nbs/99_cli.ipynb #4c846fc1
+# %% ../nbs/99_cli.ipynb #f11c7522
 def _patches(backbone, weights, size):
     "The training-free baseline: the nearest patches of the references."
     from timet_nb.evaluate.incontext import PatchSegmenter
@@ -342,7 +342,30 @@ def _patches(backbone, weights, size):
     net = create_backbone(backbone or "dinov2-s14-imgfocus")
     return PatchSegmenter(net, size=size or 252), net
 
-METHODS = {"patches": _patches}   # name -> (backbone, weights, size) -> segmenter, its module
+def _sine(backbone, weights, size):
+    "SINE: the decoder that ships, one of `Sine.save`, or the authors' checkpoint."
+    from timet_nb.sine.segment import SineSegmenter
+    if size: raise ConfigError("method sine sees pictures at its training size: leave --size out")
+    model = _sine_model(backbone, weights)
+    return SineSegmenter(model), model
+
+def _sine_model(backbone, weights):
+    "Whose file it is, its header tells."
+    from timet_nb.features.backbone import create_backbone
+    from timet_nb.features.weights import load_header
+    from timet_nb.sine.evidence import load_evidence
+    from timet_nb.sine.release import load_release, load_sine
+    from timet_nb.sine.train import load_mini
+    told = load_header(weights) if weights else {}
+    ours = not weights or told.get("kind") == "sine"
+    if ours and backbone: raise ConfigError("these weights name their backbone: leave --backbone out")
+    if ours: return ((load_evidence if "pool" in told else load_sine)(weights) if weights
+                     else load_mini())
+    model, report = load_release(weights, create_backbone(backbone) if backbone else None)
+    print(report.show())
+    return model
+
+METHODS = {"patches": _patches, "sine": _sine}   # name -> (backbone, weights, size) -> segmenter, its module
 
 def _references(words):
     "Pairs of the words after --ref."
@@ -350,14 +373,14 @@ def _references(words):
         f"--ref takes a picture and its mask, got {len(words or ())} files: --ref cat.jpg cat.png")
     return list(zip(words[::2], words[1::2]))
 
-# %% ../nbs/99_cli.ipynb #d205a75d
+# %% ../nbs/99_cli.ipynb #1df65bd3
 @command
 def segment(
     target: str,                # a picture, a video, a folder of either, or a data set
     out: str,                   # new folder for masks, tinted copies and answers.json
     ref: list[str] = None,      # picture and mask; may be given several times
     label: list[str] = None,    # a class name a reference; left out: ids of the masks
-    method: str = "patches",    # patches: the nearest patches, without training
+    method: str = "patches",    # patches (nearest patches, no training) or sine
     backbone: str = "",         # a backbone's name or file; "": the method's own
     weights: str = "",          # the method's trained weights; "": its shipped ones
     size: int = 0,              # short side that the backbone sees; 0: the method's own

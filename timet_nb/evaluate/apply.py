@@ -50,7 +50,7 @@ class Segmented:
     instances: list[dict]       # class, score and share of single objects, where the method tells
     files: dict[str, str]       # what was written, relative to the output folder
 
-# %% ../../nbs/3_evaluate/36_apply.ipynb #4d78e8b7
+# %% ../../nbs/3_evaluate/36_apply.ipynb #633cf2ce
 def summary(
     name: str,        # of the target
     answer: Answer,   # of a method
@@ -61,14 +61,13 @@ def summary(
     masks, pixels = answer.masks, answer.ids.numel()
     area = {n: float(m.sum()) / pixels for n, m in zip(answer.names, masks)}
     score = {n: float(s.max()) for n, s in zip(answer.names, answer.scores)}
-    found = [{"class": answer.names[int(c)], "score": float(s), "share": float(m.sum()) / pixels}
+    found = [{"class": answer.names[int(c) - 1], "score": float(s), "share": float(m.sum()) / pixels}
              for m, c, s in _each(answer)]
     return Segmented(name, seconds, area, score, found, files)
 
 def _each(answer):
-    "(mask, place of its class, score) of every object, surest first."
-    if answer.instances is None: return []
-    return sorted(zip(*answer.instances), key=lambda x: -float(x[2]))
+    "(mask, class counted from 1, score) of every object, surest first."
+    return sorted(answer.instances or (), key=lambda x: -float(x[2]))
 
 # %% ../../nbs/3_evaluate/36_apply.ipynb #7453341e
 def _write(answer, image, out, clip, stem, tint):

@@ -118,7 +118,7 @@ def near_counts(
         for i, p in enumerate(places): counts[i, first:first + 64] = _count_bits(near[p], len(some))
     return counts
 
-# %% ../../nbs/3_evaluate/35_fastjf.ipynb #6731e115
+# %% ../../nbs/3_evaluate/35_fastjf.ipynb #93051ac5
 def _spread_bits(places, size, stride, r):
     "One bit an outline, dilated."
     kind = next(t for t in (np.uint8, np.uint16, np.uint32, np.uint64)
@@ -131,8 +131,8 @@ def _spread_bits(places, size, stride, r):
 def _count_bits(v, n):
     "How often each of the `n` lowest bits is set."
     v = v.astype(v.dtype.newbyteorder("<"), copy=False)
-    bits = np.unpackbits(v.view(np.uint8).reshape(len(v), -1), axis=1, bitorder="little", count=n)
-    return bits.sum(0, dtype=int)
+    rows = v.view(np.uint8).reshape(len(v), v.itemsize)
+    return np.unpackbits(rows, axis=1, bitorder="little", count=n).sum(0, dtype=int)
 
 # %% ../../nbs/3_evaluate/35_fastjf.ipynb #64df793e
 def frame_table(
