@@ -86,7 +86,7 @@ def test_segment_writes_masks_by_example_and_refuses_half_a_reference(tmp_path):
     frames, masks = ((clips / d / "480p" / "cat-wall") for d in ("JPEGImages", "Annotations"))
     ref = ["--ref", frames / "00000.jpg", masks / "00000.png", "--ref", frames / "00010.jpg", masks / "00010.png"]
     common = ["--backbone", "test-vit", "--size", "96"]
-    done = timet("segment", frames, tmp_path / "out", *ref, "--label", "cat", "cat", *common, "--step", "5")
+    done = timet("segment", *ref, "--target", frames, "--out", tmp_path / "out", "--label", "cat", "cat", *common, "--step", "5")
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "out" / "answers.json").read_text())
     assert told["classes"] == ["cat"] and told["references"] == [2] and len(told["targets"]) == 4
@@ -95,9 +95,10 @@ def test_segment_writes_masks_by_example_and_refuses_half_a_reference(tmp_path):
     truth = read_mask(masks / "00000.png")
     assert first.shape == truth.shape
     assert ((first > 0) & (truth > 0)).sum() > .5 * ((first > 0) | (truth > 0)).sum()      # it was shown this very frame
+    with pytest.raises(SystemExit, match="name a --target"): main([str(w) for w in ("segment", *ref)])
     for words, said in [(["--ref", frames / "00000.jpg"], "takes a picture and its mask"), ([], "takes a picture and its mask"),
                         ([*ref, "--method", "magic"], "magic"), ([*ref, "--weights", "w.pth"], "no weights")]:
-        with pytest.raises(SystemExit, match=said): main([str(w) for w in ("segment", frames, tmp_path / "no", *words, *common)])
+        with pytest.raises(SystemExit, match=said): main([str(w) for w in ("segment", "--target", frames, "--out", tmp_path / "no", *words, *common)])
         assert not (tmp_path / "no").exists()
 
 
@@ -110,13 +111,13 @@ def test_segment_by_the_shipped_sine(tmp_path):
     clips = ROOT / "data" / "clips"
     frames, masks = ((clips / d / "480p" / "cat-wall") for d in ("JPEGImages", "Annotations"))
     ref = ["--ref", frames / "00000.jpg", masks / "00000.png"]
-    done = timet("segment", frames, tmp_path / "out", *ref, "--method", "sine", "--step", "19", "--label", "cat")
+    done = timet("segment", *ref, "--target", frames, "--out", tmp_path / "out", "--method", "sine", "--step", "19", "--label", "cat")
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "out" / "answers.json").read_text())
     assert told["method"] == "sine" and told["classes"] == ["cat"] and len(told["targets"]) == 2
     assert {"masks", "identity", "instances"} <= set(told["targets"][0]["files"])
     for words, said in [(["--size", "96"], "leave --size out"), (["--backbone", "test-vit"], "leave --backbone out")]:
-        with pytest.raises(SystemExit, match=said): main([str(w) for w in ("segment", frames, tmp_path / "no", *ref, "--method", "sine", *words)])
+        with pytest.raises(SystemExit, match=said): main([str(w) for w in ("segment", "--target", frames, "--out", tmp_path / "no", *ref, "--method", "sine", *words)])
 
 
 def test_measure_prints_a_row_a_clip_and_records_it(tmp_path):

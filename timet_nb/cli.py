@@ -373,12 +373,12 @@ def _references(words):
         f"--ref takes a picture and its mask, got {len(words or ())} files: --ref cat.jpg cat.png")
     return list(zip(words[::2], words[1::2]))
 
-# %% ../nbs/99_cli.ipynb #1df65bd3
+# %% ../nbs/99_cli.ipynb #0a15d551
 @command
 def segment(
-    target: str,                # a picture, a video, a folder of either, or a data set
-    out: str,                   # new folder for masks, tinted copies and answers.json
     ref: list[str] = None,      # picture and mask; may be given several times
+    target: str = "",           # a picture, a video, a folder of either, or a data set
+    out: str = "segmented",     # new folder for masks, tinted copies and answers.json
     label: list[str] = None,    # a class name a reference; left out: ids of the masks
     method: str = "patches",    # patches (nearest patches, no training) or sine
     backbone: str = "",         # a backbone's name or file; "": the method's own
@@ -393,7 +393,9 @@ def segment(
     from timet_nb.base.runtime import pick_device
     from timet_nb.evaluate.apply import apply, read_references
     if method not in METHODS: raise ConfigError(f"no method {method!r}; there are: {', '.join(METHODS)}")
-    images, masks = read_references(_references(ref))
+    pairs = _references(ref)
+    if not target: raise ConfigError("name a --target: a picture, a video, or a folder of either")
+    images, masks = read_references(pairs)
     segmenter, net = METHODS[method](backbone, weights, size)
     net.to(pick_device(device)).eval()
     if threshold is not None: segmenter.threshold = threshold

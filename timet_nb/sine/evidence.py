@@ -1,4 +1,4 @@
-"""Single cells find *who*; they cannot say whether a class is present. The mean of a small square can, and it needs no training.
+"""Single cells find *who*; whether a class is present at all they tell badly. The mean of a small square tells it better, and needs no training.
 
 Docs: https://timet-nb.github.io/timet_nb/5_sine/evidence.html.md"""
 

@@ -1,4 +1,4 @@
-"""A small decoder learns to find whatever stands out, and ignores the reference. Two numbers a cell change that: how much more is this like the marked object than like the rest?
+"""A small decoder easily learns to find whatever stands out. Two numbers a cell help it to read the reference: how much more is this like the marked object than like the rest?
 
 Docs: https://timet-nb.github.io/timet_nb/5_sine/prior.html.md"""
 
