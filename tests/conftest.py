@@ -3,10 +3,15 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("IN_TEST", "1")
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")     # read once, when OpenCV is first imported
+# the same examples every run; HYPOTHESIS_PROFILE=search draws new ones
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("search")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 

@@ -44,9 +44,9 @@ def many(draw):
 def test_equals_the_loop(episodes):
     r = filled(episodes).result()
     assert np.allclose([r.miou, r.fb_iou], slow(episodes), atol=1e-12, equal_nan=True)
-    assert filled(episodes[::-1]).result().counts == r.counts
     a, b = filled(episodes[::2]), filled(episodes[1::2])
-    assert a.merge(b).result() == r or (math.isnan(r.miou) and a.result().counts == r.counts)
+    assert repr(a.merge(b).result().__dict__) == repr(r.__dict__)          # to the bit; repr: nan is nan
+    assert repr(filled(episodes[::-1]).result().__dict__) == repr(r.__dict__)
     assert r.episodes == len(episodes)
 
 

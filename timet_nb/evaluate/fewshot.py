@@ -73,7 +73,9 @@ def _mean(values):
     kept = [v for v in values if not math.isnan(v)]
     return sum(kept) / len(kept) if kept else math.nan
 
-# %% ../../nbs/3_evaluate/30_fewshot.ipynb #974a9982
+# %% ../../nbs/3_evaluate/30_fewshot.ipynb #0d0705b6
+_PARTS = 1 << 60   # of 1; an IoU is kept as so many of them
+
 class FewShotScore:
     "Add up answers class by class; holds four numbers a class, however many episodes there are."
     def __init__(
@@ -90,10 +92,10 @@ class FewShotScore:
             raise ConfigError(explain("classes", self.classes, "each id once"))
         self.names, self.ignore, self.official = names, ignore, official
         self.counts: dict[int, Tensor] = {}    # class id -> (4,) int64
-        self.ratios: dict[int, list] = {}      # class id -> [sum of IoU, episodes that have one]
+        self.ratios: dict[int, list] = {}      # class id -> [sum of IoU in _PARTS, how many]
         self.episodes = 0
 
-# %% ../../nbs/3_evaluate/30_fewshot.ipynb #5513edac
+# %% ../../nbs/3_evaluate/30_fewshot.ipynb #75c0089d
 @patch
 def add(
     self: FewShotScore,
@@ -110,12 +112,12 @@ def add(
         "class_id", c, f"a class of the fold: {self.classes}"))
     n = _four(pred, gt, self.ignore)
     inter, union = _sides(n.tolist())[1]
-    total, k = self.ratios.get(c, (0., 0))
-    self.ratios[c] = [total + inter / union, k + 1] if union else [total, k]
+    total, k = self.ratios.get(c, (0, 0))
+    self.ratios[c] = [total + inter * _PARTS // union, k + 1] if union else [total, k]
     self.counts[c] = self.counts.get(c, 0) + n
     self.episodes += 1
 
-# %% ../../nbs/3_evaluate/30_fewshot.ipynb #4eb15147
+# %% ../../nbs/3_evaluate/30_fewshot.ipynb #1f8ca02e
 def _episodes(pred, gt, class_ids):
     "The episodes of a batch."
     ids = torch.as_tensor(class_ids).reshape(-1).tolist()
@@ -131,12 +133,12 @@ def merge(
     "Take over the counts of another score."
     for c, n in other.counts.items():
         self.counts[c] = self.counts.get(c, 0) + n
-        mine = self.ratios.get(c, (0., 0))
+        mine = self.ratios.get(c, (0, 0))
         self.ratios[c] = [m + o for m, o in zip(mine, other.ratios[c])]
     self.episodes += other.episodes
     return self
 
-# %% ../../nbs/3_evaluate/30_fewshot.ipynb #7105e9c3
+# %% ../../nbs/3_evaluate/30_fewshot.ipynb #11738740
 @patch
 def result(self: FewShotScore) -> FewShotResult:  # of what was added so far
     "Divide and average."
@@ -148,6 +150,6 @@ def result(self: FewShotScore) -> FewShotResult:  # of what was added so far
     counted = [0. if self.official and k in absent else v for k, v in iou.items()]
     total = [sum(n[k] for n in counts.values()) for k in range(4)]
     two = [_ratio(*side, self.official) for side in _sides(total)]
-    each = [s / k if k else math.nan for s, k in (self.ratios.get(c, (0, 0)) for c in ids)]
+    each = [s / (k * _PARTS) if k else math.nan for s, k in (self.ratios.get(c, (0, 0)) for c in ids)]
     return FewShotResult(_mean(counted), _mean(two), iou, absent, _mean(each), counts,
                          self.episodes)
