@@ -19,6 +19,8 @@ from timet_nb.sine import train as T
 from timet_nb.sine.matching import CriterionConfig
 from timet_nb.sine.model import SineConfig, create_sine
 from timet_nb.sine.mformer import MFormerConfig
+from timet_nb.sine.release import load_sine
+from timet_nb.sine.segment import SineSegmenter
 
 FEW = CriterionConfig(points=64)
 
@@ -34,7 +36,7 @@ def cnn(): return create_backbone("efficientnet-lite0-imagenet", strides=(8, 16,
 
 def tiny(cnn, seed=0, **changes):
     small = MFormerConfig.mini(dim=32, heads=2, mlp=32, depth=1, queries=6)
-    return V.create_evidence(SineConfig.mini(prior=True, match=(16,), decoder=small, size=96, longest=192, **changes), cnn, seed)
+    return create_sine(SineConfig.shipped(decoder=small, size=96, longest=192, **changes), cnn, seed)
 
 
 @pytest.fixture(scope="module")
@@ -264,13 +266,14 @@ def test_standardised_keys():
 def test_evidence_model_is_saved_and_loaded(cnn, tmp_path):
     m = tiny(cnn)
     path = m.save(tmp_path / "a.safetensors")
-    back = V.load_evidence(path, cnn)
+    back = load_sine(path, cnn)
     assert back.config == m.config and all(torch.equal(a, b) for a, b in zip(m.neck.parameters(), back.neck.parameters()))
-    with pytest.raises(ConfigError, match="prior"): V.EvidenceSine(cnn, SineConfig.mini())
-    plain = create_sine(SineConfig.mini(prior=True), cnn)
-    with pytest.raises(CheckpointError, match="third map"): V.load_evidence(plain.save(tmp_path / "b.safetensors"), cnn)
+    assert m.prior_net.net[0].weight.shape[1] == 3 and torch.equal(m.prior_net.net[0].weight, back.prior_net.net[0].weight)
+    for bad in (dict(evidence=4), dict(prior=False), dict(standard=False)):
+        with pytest.raises(ConfigError, match="evidence"): create_sine(SineConfig.shipped(**bad), cnn)
+    assert SineSegmenter.mini(path, cnn).model.config == m.config
     other = create_backbone("efficientnet-lite0-imagenet", strides=(8, 16, 32), pretrained=False, seed=5).eval()
-    with pytest.raises(CheckpointError, match="another backbone"): V.load_evidence(path, other)
+    with pytest.raises(CheckpointError, match="other features"): load_sine(path, other)
 
 
 # --- the shipped decoder ---
@@ -293,7 +296,6 @@ def test_shipped_decoder_reads_the_reference(tmp_path):
     from timet_nb.data.textures import render_textures, texture_source
     from timet_nb.evaluate.pick import evaluate_twins, selective
     from timet_nb.features.weights import is_cached
-    from timet_nb.sine.segment import SineSegmenter
     if not is_cached("efficientnet-lite0-imagenet"): pytest.skip("the small CNN is not in the cache")
     world = texture_world()
     if world.notes: pytest.skip("scikit-image, whose photos the world uses, is not installed")

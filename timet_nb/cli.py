@@ -333,7 +333,7 @@ def propagate(
     masks = track(vit, layout[0], ids, size=size)
     print(f"{write_tracks(masks, out)} masks written: {out}")
 
-# %% ../nbs/99_cli.ipynb #f11c7522
+# %% ../nbs/99_cli.ipynb #4ce66ceb
 def _patches(backbone, weights, size):
     "The training-free baseline: the nearest patches of the references."
     from timet_nb.evaluate.incontext import PatchSegmenter
@@ -353,14 +353,11 @@ def _sine_model(backbone, weights):
     "Whose file it is, its header tells."
     from timet_nb.features.backbone import create_backbone
     from timet_nb.features.weights import load_header
-    from timet_nb.sine.evidence import load_evidence
     from timet_nb.sine.release import load_release, load_sine
     from timet_nb.sine.train import load_mini
-    told = load_header(weights) if weights else {}
-    ours = not weights or told.get("kind") == "sine"
+    ours = not weights or load_header(weights).get("kind") == "sine"
     if ours and backbone: raise ConfigError("these weights name their backbone: leave --backbone out")
-    if ours: return ((load_evidence if "pool" in told else load_sine)(weights) if weights
-                     else load_mini())
+    if ours: return load_sine(weights) if weights else load_mini()
     model, report = load_release(weights, create_backbone(backbone) if backbone else None)
     print(report.show())
     return model

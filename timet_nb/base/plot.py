@@ -120,7 +120,7 @@ def bars(
         _flat(ax, list(runs), isinstance(reference, tuple)); ax.set(xlabel=ylabel, title=title)
     return fig
 
-# %% ../../nbs/0_base/03_plot.ipynb #69bfd7d0
+# %% ../../nbs/0_base/03_plot.ipynb #9dced234
 def panels(
     values: Mapping,         # {panel: {name: number, or several numbers}}
     title: str = "",         # what the reader should see
@@ -138,6 +138,7 @@ def panels(
         for ax, (panel, found) in zip(axes, values.items()):
             for n, v in found.items(): _bar(ax, names.index(str(n)), _numbers(v, str(n)).ravel(), fmt)
             _flat(ax, names, False); ax.set_title(fill(str(panel), 66 // ncols)); ax.margins(x=.3)
+            if not any(p.get_width() for p in ax.patches): ax.set_xlim(0, 1)
             if ax not in axes[::ncols]: ax.set_yticklabels([])
         for ax in axes[len(values):]: ax.set_visible(False)
         if title: fig.suptitle(title)

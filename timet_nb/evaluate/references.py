@@ -6,11 +6,13 @@ Docs: https://timet-nb.github.io/timet_nb/3_evaluate/references.html.md"""
 
 # %% auto #0
 __all__ = ['Shot', 'as_picture', 'read_shots', 'Prompt', 'load_prompt', 'Answer', 'decide', 'InContextSegmenter', 'check_prompt',
-           'frames_of']
+           'Recent', 'frames_of']
 
-# %% ../../nbs/3_evaluate/36_references.ipynb #9aab400e
-from collections.abc import Iterator, Mapping
+# %% ../../nbs/3_evaluate/36_references.ipynb #611027dd
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+import hashlib
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -268,6 +270,31 @@ def segment(
     "Find the classes of a prompt in a picture."
     check_prompt(self, prompt)
     return self.answer(as_picture(image, "target"), prompt)
+
+# %% ../../nbs/3_evaluate/36_references.ipynb #91038ec5
+class Recent:
+    "What was computed of the pictures asked for last, found again by content."
+    def __init__(
+        self,
+        keep: int,   # how many
+    ):
+        self.keep, self.items = keep, OrderedDict()
+
+    def __len__(self): return len(self.items)
+
+    def __call__(
+        self,
+        image: Tensor,    # (3, H, W) any dtype
+        make: Callable,   # () -> what to keep of it, if it is not there
+        about: str = "",  # what else the result depends on
+    ):                    # what `make` gave, now or before
+        "Find what was made of a picture, or make it."
+        raw = image.numpy(force=True).tobytes() + f"{tuple(image.shape)} {about}".encode()
+        key = hashlib.sha1(raw).digest()
+        if key not in self.items: self.items[key] = make()
+        self.items.move_to_end(key); found = self.items[key]
+        while len(self) > self.keep: self.items.popitem(last=False)
+        return found
 
 # %% ../../nbs/3_evaluate/36_references.ipynb #eeb06e04
 def frames_of(

@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/5_sine/model.html.md"""
 # %% auto #0
 __all__ = ['SineConfig', 'Raw', 'Seen', 'Sine', 'create_sine', 'practise']
 
-# %% ../../nbs/5_sine/53_model.ipynb #2b8afa63
+# %% ../../nbs/5_sine/53_model.ipynb #18ce1ca1
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +16,11 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from ..base.runtime import ConfigError, DataError, expect, explain
+from ..evaluate.overlap import objects_in
 from ..features.backbone import create_backbone
 from ..features.checkpoints import fingerprint
 from .answers import View, cells_in_view, lay_masks, lay_picture, view_of
+from .evidence import evidence_maps
 from .interact import make_neck
 from .matching import CriterionConfig, Truth, place_of, sine_loss
 from .mformer import Answers, MFormer, MFormerConfig
@@ -26,7 +28,7 @@ from .prior import (
     PriorNet, add_keys, join_maps, match_keys, only_class, prior_map)
 from .prompts import Marks, Prompt, make_prompt
 
-# %% ../../nbs/5_sine/53_model.ipynb #98869354
+# %% ../../nbs/5_sine/53_model.ipynb #5cfecbf8
 @dataclass(frozen=True)
 class SineConfig:
     "Sizes, thresholds and switches of the whole model."
@@ -43,6 +45,7 @@ class SineConfig:
     lateral: bool = False               # a CNN's finest map joins the mask features
     prior: bool = False                 # add the map of matches; ours, not the paper's
     match: tuple[int, ...] = ()         # strides of a CNN that are matched; (): all
+    evidence: int = 0                   # side of the squares of a third map, cells, odd; 0: none
     threshold: float = .7               # a class is marked above it
     top: int = 100                      # most instances
     memory: int = 6                     # frames of a video, the first one included
@@ -51,7 +54,7 @@ class SineConfig:
     overlap: str = "best"               # "best", or "highest" (the authors')
     official: bool = False              # small objects may be lost, as in the authors' code
 
-# %% ../../nbs/5_sine/53_model.ipynb #4fceee92
+# %% ../../nbs/5_sine/53_model.ipynb #bae6afa8
 @patch(cls_method=True)
 def paper(cls: SineConfig,
     **changes,        # other settings
@@ -75,6 +78,13 @@ def mini(cls: SineConfig,
                          strides=(8, 16, 32), grid=16, size=288, longest=512, pad=None, norm=True,
                          standard=True, lateral=True, match=(16, 32), threshold=.5), **changes})
 
+@patch(cls_method=True)
+def shipped(cls: SineConfig,
+    **changes,        # other settings
+) -> SineConfig:
+    "The mini that ships: all three maps of matches, made at stride 16."
+    return cls.mini(**{**dict(prior=True, match=(16,), evidence=5), **changes})
+
 # %% ../../nbs/5_sine/53_model.ipynb #d22c2651
 @dataclass(frozen=True, eq=False)
 class Raw:
@@ -91,7 +101,7 @@ class Seen:
     fine: Tensor | None = None # (Df, H', W') finest map of a CNN, where it is used
     keys: Tensor | None = None # (Dk, h, w) what cells are matched by, where the prior is used
 
-# %% ../../nbs/5_sine/53_model.ipynb #0b61d549
+# %% ../../nbs/5_sine/53_model.ipynb #dcfff8d7
 class Sine(nn.Module):
     "A frozen backbone, a neck and the decoder."
     def __init__(self,
@@ -103,7 +113,7 @@ class Sine(nn.Module):
         self.backbone, self.config = backbone.requires_grad_(False).eval(), _checked(c, backbone)
         self.neck, self.decoder = make_neck(backbone.dim, D, c.plain_neck), MFormer(c.decoder)
         if c.lateral: self.lateral = nn.Conv2d(backbone.dims[0], D, 1)
-        if c.prior: self.prior_net = PriorNet(D)
+        if c.prior: self.prior_net = PriorNet(D, maps=3 if c.evidence else 2)
         if c.standard:
             self.register_buffer("shift", torch.zeros(backbone.dim))
             self.register_buffer("spread", torch.ones(backbone.dim))
@@ -116,7 +126,7 @@ class Sine(nn.Module):
         super().train(mode); self.backbone.eval()
         return self
 
-# %% ../../nbs/5_sine/53_model.ipynb #0f13249d
+# %% ../../nbs/5_sine/53_model.ipynb #0baa5eda
 def _checked(c, b):
     "Refuse settings that this backbone cannot follow."
     strides = tuple(getattr(b, "strides", ()))
@@ -124,6 +134,9 @@ def _checked(c, b):
         "lateral", f"True with {b.name or 'a ViT'}", "a CNN with several strides"))
     if set(c.match) - set(strides) and strides: raise ConfigError(explain(
         "match", c.match, f"some of {strides}"))
+    if c.evidence and not (c.evidence % 2 and c.prior and c.standard): raise ConfigError(explain(
+        "evidence", f"{c.evidence}, prior={c.prior}, standard={c.standard}",
+        "an odd side, prior=True and standard=True"))
     known = strides or (b.patch,)
     if c.grid not in (None, *known): raise ConfigError(explain("grid", c.grid, f"one of {known}"))
     return c
@@ -335,19 +348,35 @@ def forward(
     features, pixels = (torch.stack([getattr(s, n) for s in seen]) for n in ("features", "pixels"))
     return self.decoder(prompts, features, pixels, self._plus(prompts, seen), deep, trace)
 
-# %% ../../nbs/5_sine/53_model.ipynb #b8524b10
+# %% ../../nbs/5_sine/53_model.ipynb #9a67feeb
+@patch
+def match_scales(
+    self: Sine,
+) -> tuple[Tensor, Tensor]:   # (Dk,) mean and (Dk,) deviation of the keys
+    "Statistics of the channels that are matched, as `match_keys` scales them."
+    strides = getattr(self.backbone, "strides", ())
+    if not strides: return self.shift, self.spread
+    split = zip(strides, *(x.split(self.backbone.dims) for x in (self.shift, self.spread)))
+    kept = [parts for s, *parts in split if not self.config.match or s in self.config.match]
+    shift, spread = (torch.cat(x) / len(kept) ** .5 for x in zip(*kept))
+    return shift, spread
+
+# %% ../../nbs/5_sine/53_model.ipynb #97416e53
 @patch
 def priors(
     self: Sine,
     prompts: Prompt | Sequence[Prompt],  # one for all targets, or one a target
     seen: Sequence[Seen],                # targets
-) -> Tensor:                             # (B, 2, h, w)
+) -> Tensor:                             # (B, 2, h, w); 3 with evidence
     "Maps of matches of each target with its prompt; several classes count as one."
     each = [prompts] * len(seen) if isinstance(prompts, Prompt) else prompts
     if not all(hasattr(p, "keys") for p in each): raise DataError(explain(
         "prompt", "no cells of its references", "a prompt made by a model with prior=True"))
     each = [p.to(s.keys.device) for p, s in zip(each, seen)]
-    return torch.stack([prior_map(s.keys, p.keys, p.marked) for p, s in zip(each, seen)])
+    if not self.config.evidence:
+        return torch.stack([prior_map(s.keys, p.keys, p.marked) for p, s in zip(each, seen)])
+    how = *self.match_scales(), self.config.evidence
+    return torch.stack([evidence_maps(s.keys, p.keys, p.marked, *how) for p, s in zip(each, seen)])
 
 # %% ../../nbs/5_sine/53_model.ipynb #3911d92a
 @patch
@@ -415,18 +444,16 @@ def _lesson(model, raws, pictures, classes, g, how, pace):
     how.step(); pace.step()
     return loss.item()
 
-# %% ../../nbs/5_sine/53_model.ipynb #65b61c94
-def _objects_in(ids): return [k for k in ids.unique().tolist() if k not in (0, 255)]
-
+# %% ../../nbs/5_sine/53_model.ipynb #c96090b7
 def _some_marks(ids, classes, one):
     "All objects of a picture, or a single one."
-    marked = _objects_in(ids)
+    marked = objects_in(ids)
     if one(2): marked = [marked[one(len(marked))]]
     return Marks([ids == k for k in marked], [classes[k] for k in marked], marked)
 
 def _truth_of(ids, classes, prompt, view):
     "What should be found in a picture: the objects of the prompt's classes."
-    wanted = [k for k in _objects_in(ids) if classes[k] in prompt.sem_labels.tolist()]
+    wanted = [k for k in objects_in(ids) if classes[k] in prompt.sem_labels.tolist()]
     masks = [ids == k for k in wanted] or [ids < 0]
     masks = lay_masks(torch.stack(masks), view)[:len(wanted)]
     labels = place_of(torch.tensor([classes[k] for k in wanted], dtype=torch.long),

@@ -55,22 +55,23 @@ def prior_map(
     q = like[off].amax(0) if off.any() else p.mean()         # the object fills the picture
     return torch.stack([2 * (p - q), p - p.mean()]).unflatten(1, target.shape[1:])
 
-# %% ../../nbs/5_sine/53_prior.ipynb #444c2f20
+# %% ../../nbs/5_sine/53_prior.ipynb #c6f91323
 class PriorNet(nn.Module):
-    "Turn the two maps into something to add to features."
+    "Turn maps of matches into something to add to features."
     def __init__(self,
         dim: int,            # width of the decoder
         hidden: int = 64,    # width between
         gain: float = 3.,    # the maps are small numbers
+        maps: int = 2,       # how many there are
     ):
         super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(2, hidden, 1), nn.GELU(), nn.Conv2d(hidden, dim, 1))
+        self.net = nn.Sequential(nn.Conv2d(maps, hidden, 1), nn.GELU(), nn.Conv2d(hidden, dim, 1))
         self.gain = gain
 
     def forward(self,
-        maps: Tensor,        # (B, 2, h, w)
+        maps: Tensor,        # (B, maps, h, w)
     ) -> Tensor:             # (B, dim, h, w)
-        "Cell by cell: two numbers in, D out."
+        "Cell by cell: a few numbers in, D out."
         return self.net(self.gain * maps)
 
 # %% ../../nbs/5_sine/53_prior.ipynb #e0fde7ac

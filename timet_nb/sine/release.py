@@ -135,7 +135,7 @@ def save(
     header = dict(kind="sine", config=asdict(self.config), eyes=self.backbone.fingerprint())
     return save_state(path, state, {**header, **(notes or {})})
 
-# %% ../../nbs/5_sine/53_release.ipynb #b526497a
+# %% ../../nbs/5_sine/53_release.ipynb #bd177879
 def load_sine(
     path: str | Path,                    # a file of `Sine.save`
     backbone: nn.Module | None = None,   # None: the one that the file names
@@ -146,8 +146,6 @@ def load_sine(
     state, notes = load_state(path), load_header(path)
     if notes.get("kind") != "sine": raise CheckpointError(explain(
         str(path), "no model of ours", "a file of Sine.save", "load_release reads the authors'"))
-    if "pool" in notes: raise CheckpointError(explain(
-        str(path), "a model with a third map", "a plain one", "load_evidence reads it"))
     model = create_sine(_config_from(notes["config"]), backbone)
     if strict and model.backbone.fingerprint() != notes["eyes"]: raise CheckpointError(explain(
         str(path), "trained on other features", "the backbone and settings it was trained with",

@@ -7,9 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/5_sine/segment.html.md"""
 # %% auto #0
 __all__ = ['SineAnswer', 'SineSegmenter', 'read_pictures', 'evaluate_instances', 'evaluate_video']
 
-# %% ../../nbs/5_sine/53_segment.ipynb #28be83ed
-import hashlib
-from collections import OrderedDict
+# %% ../../nbs/5_sine/53_segment.ipynb #ce9fe8b2
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from ..data.coco import read_objects, region_mask
 from ..data.frames import ClipReader, read_image
 from ..evaluate.average_precision import AveragePrecision, Objects, PrecisionResult
 from ..evaluate.incontext import (
-    Answer, InContextSegmenter, Prompt, Shot, decide, frames_of, read_shots)
+    Answer, InContextSegmenter, Prompt, Recent, Shot, decide, frames_of, read_shots)
 from ..evaluate.track import TrackRows, TrackScore, write_tracks
 from .answers import (
     Found, bring_back, find_identities, find_instances, join_found, mask_boxes, semantic_back)
@@ -45,7 +43,7 @@ class SineAnswer(Answer):
         return (f"SineAnswer({share} of {self.ids.shape[0]} x {self.ids.shape[1]} pixels; "
                 f"{len(self.found or ())} instances, {len(self.objects or ())} identities)")
 
-# %% ../../nbs/5_sine/53_segment.ipynb #8bc01249
+# %% ../../nbs/5_sine/53_segment.ipynb #a296c74e
 class SineSegmenter(InContextSegmenter):
     "Mark objects once; find them, all of their kind, and each one of these."
     method = "sine"
@@ -59,9 +57,9 @@ class SineSegmenter(InContextSegmenter):
     ):
         if not isinstance(model, Sine): raise ConfigError(explain(
             "model", type(model).__name__, "a Sine", "create_sine() makes one"))
-        self.model, self.sure, self.keep, self.apart = model.eval(), sure, keep, apart
+        self.model, self.sure, self.apart = model.eval(), sure, apart
         self.threshold = model.config.threshold if threshold is None else threshold
-        self._seen = OrderedDict()
+        self._seen = Recent(keep)
 
     def fingerprint(self) -> str:   # hex digits; equal: prompts can be exchanged
         "Tell which weights and settings make the prompts."
@@ -92,7 +90,7 @@ def paper(cls: SineSegmenter,
     print(report.show())
     return cls(model, **options)
 
-# %% ../../nbs/5_sine/53_segment.ipynb #6580455f
+# %% ../../nbs/5_sine/53_segment.ipynb #60fc251d
 @patch
 @torch.no_grad()
 def see(
@@ -101,12 +99,7 @@ def see(
     name: str = "target",     # for messages
 ) -> Seen:                    # those of the pictures seen last are kept, and found by content
     "Features of a picture."
-    raw = image.numpy(force=True).tobytes() + repr(tuple(image.shape)).encode()
-    key = hashlib.sha1(raw + self.fingerprint().encode()).digest()
-    seen = self._seen.pop(key, None) or self.model.see(image, name)
-    self._seen[key] = seen                                   # the newest stand last
-    while len(self._seen) > self.keep: self._seen.popitem(last=False)
-    return seen
+    return self._seen(image, lambda: self.model.see(image, name), self.fingerprint())
 
 # %% ../../nbs/5_sine/53_segment.ipynb #1a2f068a
 @patch

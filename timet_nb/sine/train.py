@@ -9,7 +9,7 @@ __all__ = ['BUDGETS', 'SHIPPED_MINI', 'truth_of', 'pair_loss', 'Linear', 'fallin
            'make_mini', 'shipped_mini', 'load_mini', 'main', 'Bank', 'Kept', 'Pair', 'Pairs', 'SineTrainConfig',
            'bank_of', 'fill_bank', 'texture_bank']
 
-# %% ../../nbs/5_sine/54_train.ipynb #1a557282
+# %% ../../nbs/5_sine/54_train.ipynb #142355f8
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,13 +25,13 @@ from ..base.runtime import CheckpointError, ConfigError, explain
 from ..base.train import FitResult, fit
 from ..data.frames import resize_mask
 from ..data.textures import texture_world, write_textures
+from ..features.bank import Bank, Kept, bank_of
 from .answers import lay_masks, on_canvas, semantic_map
-from .evidence import EvidenceSine, create_evidence, load_evidence
 from .matching import CriterionConfig, Truth, place_of, sine_loss
 from .model import Sine, SineConfig, create_sine
-from .pairs import (
-    Bank, Kept, Pair, Pairs, SineTrainConfig, bank_of, fill_bank, texture_bank)
+from .pairs import Pair, Pairs, SineTrainConfig, fill_bank, texture_bank
 from .prompts import Marks
+from .release import load_sine
 _all_ = ["Bank", "Kept", "Pair", "Pairs", "SineTrainConfig", "bank_of", "fill_bank",
          "texture_bank"]
 
@@ -179,7 +179,7 @@ def _iou(marked, truth):
 BUDGETS = {   # (scenes, steps, batch) of the shipped decoder
     "smoke": (6, 4, 2), "cpu": (400, 400, 4), "gpu": (4000, 6000, 16)}
 
-# %% ../../nbs/5_sine/54_train.ipynb #0d7fe7c3
+# %% ../../nbs/5_sine/54_train.ipynb #bba1ca88
 def make_mini(
     path: str | Path | None = None,   # a .safetensors file to write; None: none
     budget: str = "cpu",              # smoke | cpu | gpu
@@ -192,8 +192,8 @@ def make_mini(
     if budget not in BUDGETS:
         raise ConfigError(explain("budget", repr(budget), "smoke, cpu or gpu"))
     n, steps, batch = BUDGETS[budget]
-    make = create_evidence if prior else create_sine
-    model = make(SineConfig.mini(prior=prior, match=(16,)), seed=seed, device=device)
+    sizes = SineConfig.shipped() if prior else SineConfig.mini()
+    model = create_sine(sizes, seed=seed, device=device)
     sets = (n, seed), (max(n // 5, 4), seed + 7)
     train, check = (texture_bank(model, k, s, work) for k, s in sets)
     config = SineTrainConfig.mini(steps=steps, batch=batch)
@@ -213,17 +213,17 @@ def shipped_mini() -> Path | None:   # None: this is no checkout, or it has none
     path = Path(__file__).resolve().parents[2] / "data" / "weights" / SHIPPED_MINI
     return path if path.is_file() else None
 
-# %% ../../nbs/5_sine/54_train.ipynb #5cf21cfc
+# %% ../../nbs/5_sine/54_train.ipynb #2d083b99
 def load_mini(
     backbone: nn.Module | None = None,   # None: the small CNN of the package
     device: str = "cpu",                 # where it shall be
-) -> EvidenceSine:                       # in eval mode, with its calibrated threshold
+) -> Sine:                               # in eval mode, with its calibrated threshold
     "Load the shipped mini decoder."
     path = shipped_mini()
     if path is None: raise CheckpointError(explain(
         SHIPPED_MINI, "not in this installation", "a checkout with data/weights",
         "python -m timet_nb.sine.train --out sine-mini.safetensors makes it again"))
-    return load_evidence(path, backbone, device)
+    return load_sine(path, backbone, device=device)
 
 # %% ../../nbs/5_sine/54_train.ipynb #69bf28e1
 def main(
