@@ -57,6 +57,8 @@ bench: $(VENV)/.ok
 	@$(BIN)/timet run bench/claims --budget cpu --threads $(THREADS)
 	@$(BIN)/timet run bench/claims_sine --budget cpu --threads 1
 	@$(BIN)/timet run bench/speed_sine --budget cpu --threads 1
+	@$(BIN)/timet run bench/claims_dcsam --budget cpu --threads 1
+	@$(BIN)/timet run bench/speed_sam --budget cpu --threads 1
 
 parity: $(VENV)/.ok
 	@$(BIN)/python -m tests.parity $(DIR)

@@ -34,7 +34,7 @@ def toy(tmp_path):
 def test_help_lists_every_verb_with_a_sentence():
     done = timet("--help")
     assert done.returncode == 0
-    for verb in ("doctor", "frames", "tune", "eval", "measure", "compare", "propagate", "run", "clips", "visor", "look"):
+    for verb in ("doctor", "frames", "tune", "predict", "dcsam train", "eval", "measure", "compare", "propagate", "run", "clips", "visor", "look"):
         assert f"\n  {verb} " in done.stdout, verb
     assert "source" in timet("tune", "--help").stdout and "never changed" in timet("frames", "--help").stdout
 
@@ -102,14 +102,21 @@ def test_segment_writes_masks_by_example_and_refuses_half_a_reference(tmp_path):
         assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.weights
-def test_segment_by_the_shipped_sine(tmp_path):
+def small_cnn():
     from timet_nb.base.runtime import CheckpointError
     from timet_nb.features.backbone import create_backbone
     try: create_backbone("efficientnet-lite0-imagenet")
     except CheckpointError as e: pytest.skip(f"the pip-shipped CNN cannot be had: {str(e).splitlines()[0]}")
+
+
+def cat():
     clips = ROOT / "data" / "clips"
-    frames, masks = ((clips / d / "480p" / "cat-wall") for d in ("JPEGImages", "Annotations"))
+    return ((clips / d / "480p" / "cat-wall") for d in ("JPEGImages", "Annotations"))
+
+
+@pytest.mark.weights
+def test_segment_by_the_shipped_sine(tmp_path):
+    small_cnn(); frames, masks = cat()
     ref = ["--ref", frames / "00000.jpg", masks / "00000.png"]
     done = timet("segment", *ref, "--target", frames, "--out", tmp_path / "out", "--method", "sine", "--step", "19", "--label", "cat")
     assert done.returncode == 0, done.stderr
@@ -118,6 +125,22 @@ def test_segment_by_the_shipped_sine(tmp_path):
     assert {"masks", "identity", "instances"} <= set(told["targets"][0]["files"])
     for words, said in [(["--size", "96"], "leave --size out"), (["--backbone", "test-vit"], "leave --backbone out")]:
         with pytest.raises(SystemExit, match=said): main([str(w) for w in ("segment", "--target", frames, "--out", tmp_path / "no", *ref, "--method", "sine", *words)])
+
+
+@pytest.mark.weights
+def test_dcsam_has_verbs_of_two_words(tmp_path):
+    small_cnn(); frames, masks = cat()
+    ref = ["--ref", frames / "00000.jpg", masks / "00000.png", "--label", "cat", "--target", frames, "--step", "19"]
+    for out, words in (("one", ("dcsam", "segment")), ("two", ("segment", "--method", "dcsam"))):
+        main([str(w) for w in (*words, *ref, "--out", tmp_path / out)])
+    one, two = (json.loads((tmp_path / n / "answers.json").read_text()) for n in ("one", "two"))
+    assert one["method"] == two["method"] == "dcsam" and one["classes"] == ["cat"] and len(one["targets"]) == 2
+    names = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.png"))
+    assert names and all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in names)
+    assert timet("dcsam").stderr.startswith("timet: no verb 'dcsam'; did you mean dcsam train or")
+    assert "J&F on IC-VOS" in timet("dcsam", "eval", "--help").stdout
+    with pytest.raises(SystemExit, match="leave --size out"): main([str(w) for w in ("segment", "--method", "dcsam", "--size", "9", *ref, "--out", tmp_path / "no")])
+    with pytest.raises(SystemExit, match="weights are needed too"): main([str(w) for w in ("dcsam", "segment", *ref, "--sam", "vit_b.pth", "--out", tmp_path / "no")])
 
 
 def test_measure_prints_a_row_a_clip_and_records_it(tmp_path):

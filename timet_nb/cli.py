@@ -7,7 +7,8 @@ Docs: https://timet-nb.github.io/timet_nb/cli.html.md"""
 # %% auto #0
 __all__ = ['COMMANDS', 'METHODS', 'command', 'call', 'suite_dir', 'find_notebook', 'notebook_parameters', 'check_parameters',
            'NotebookFailed', 'run_notebook', 'doctor', 'frames', 'visor', 'clips', 'look', 'tune', 'with_settings',
-           'propagate', 'segment', 'measure', 'eval_', 'compare', 'run', 'main']
+           'propagate', 'segment', 'dcsam__train', 'dcsam__eval', 'dcsam__segment', 'predict', 'measure', 'eval_',
+           'compare', 'run', 'main']
 
 # %% ../nbs/99_cli.ipynb #b230dd2d
 import argparse, inspect, json, os, re, sys, time
@@ -15,14 +16,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from .base.runtime import ConfigError, DataError
 
-# %% ../nbs/99_cli.ipynb #8124ca7e
+# %% ../nbs/99_cli.ipynb #33a3bac2
 COMMANDS = {}   # verb -> function, in the order of `timet --help`
 
 def command(
-    f,      # a function whose parameters carry docments; its name, less a final `_`, is the verb
+    f,      # a function with docments; its name is the verb: `eval_` is eval, `a__b` is the two words a b
 ):          # `f`, unchanged
     "Register `f` as a verb of `timet`."
-    COMMANDS[f.__name__.rstrip("_").replace("_", "-")] = f
+    COMMANDS[f.__name__.rstrip("_").replace("__", " ").replace("_", "-")] = f
     return f
 
 # %% ../nbs/99_cli.ipynb #dab46167
@@ -333,7 +334,7 @@ def propagate(
     masks = track(vit, layout[0], ids, size=size)
     print(f"{write_tracks(masks, out)} masks written: {out}")
 
-# %% ../nbs/99_cli.ipynb #4ce66ceb
+# %% ../nbs/99_cli.ipynb #03c31bc9
 def _patches(backbone, weights, size):
     "The training-free baseline: the nearest patches of the references."
     from timet_nb.evaluate.incontext import PatchSegmenter
@@ -362,7 +363,18 @@ def _sine_model(backbone, weights):
     print(report.show())
     return model
 
-METHODS = {"patches": _patches, "sine": _sine}   # name -> (backbone, weights, size) -> segmenter, its module
+def _dcsam(backbone, weights, size):
+    "DC-SAM: the miniature that ships or yours; with a SAM checkpoint as backbone, the published one."
+    from timet_nb.dcsam.segment import DCSAMSegmenter
+    if size: raise ConfigError("method dcsam sees pictures at its training size: leave --size out")
+    if backbone and not weights: raise ConfigError(
+        "--backbone names SAM's checkpoint; the prompt generator's --weights are needed too")
+    made = DCSAMSegmenter.paper(weights,
+                                backbone) if backbone else DCSAMSegmenter.mini(weights or None)
+    return made, made.model
+
+METHODS = {"patches": _patches, "sine": _sine,
+           "dcsam": _dcsam}   # (backbone, weights, size) -> segmenter, net
 
 def _references(words):
     "Pairs of the words after --ref."
@@ -370,14 +382,14 @@ def _references(words):
         f"--ref takes a picture and its mask, got {len(words or ())} files: --ref cat.jpg cat.png")
     return list(zip(words[::2], words[1::2]))
 
-# %% ../nbs/99_cli.ipynb #0a15d551
+# %% ../nbs/99_cli.ipynb #f7c0c6f2
 @command
 def segment(
     ref: list[str] = None,      # picture and mask; may be given several times
     target: str = "",           # a picture, a video, a folder of either, or a data set
     out: str = "segmented",     # new folder for masks, tinted copies and answers.json
     label: list[str] = None,    # a class name a reference; left out: ids of the masks
-    method: str = "patches",    # patches (nearest patches, no training) or sine
+    method: str = "patches",    # patches (nearest patches, no training), sine or dcsam
     backbone: str = "",         # a backbone's name or file; "": the method's own
     weights: str = "",          # the method's trained weights; "": its shipped ones
     size: int = 0,              # short side that the backbone sees; 0: the method's own
@@ -399,6 +411,83 @@ def segment(
     rows = apply(segmenter, segmenter.prompt(images, masks, label), target, out, step, stills)
     seconds = sum(r.seconds for r in rows) / max(1, len(rows))
     print(f"{len(rows)} answers, {seconds:.2f} s each; written: {out}")
+
+# %% ../nbs/99_cli.ipynb #9e708aba
+@command
+def dcsam__train(
+    kind: str = "mini",          # mini, or image: the published sizes between your networks
+    data: str = "textures",      # mini: textures or combos; image: folder of PASCAL VOC or COCO
+    out: str = "dcsam.safetensors",   # mini: file to write; image: folder of log and checkpoints
+    budget: str = "cpu",         # mini: smoke, cpu, gpu
+    seed: int = 0,               # of world, weights and order
+    benchmark: str = "pascal5i", # image: pascal5i or coco20i
+    fold: int = 0,               # image: 0 to 3
+    sam: str = "",               # image: SAM's checkpoint
+    eyes: str = "",              # image: ResNet-50 (v2) weights
+    steps: int = 0,              # image: fewer steps than the authors'; 0: as they
+    device: str = "auto",        # auto, cpu, cuda
+):
+    "Train DC-SAM: its miniature on generated scenes, or the published sizes on your data."
+    from timet_nb.base.runtime import pick_device
+    from timet_nb.dcsam.train import run as train
+    train(kind, data, out, budget, seed, benchmark, fold, sam or None, eyes or None, steps or None,
+          str(pick_device(device)))
+    print(f"written: {out}")
+
+# %% ../nbs/99_cli.ipynb #95e4c6b9
+@command
+def dcsam__eval(
+    data: str,                   # folder of the benchmark; for icvos, of COCO
+    benchmark: str = "pascal5i", # pascal5i, coco20i, textures, pairs, icvos
+    weights: str = "",           # generator or miniature; "": the shipped miniature
+    sam: str = "",               # SAM's checkpoint; "": the weights are of a miniature
+    eyes: str = "",              # ResNet-50 (v2) weights, where the generator's file has none
+    videos: str = "",            # icvos: its folder
+    fold: int = 0,               # of pascal5i and coco20i, 0 to 3
+    episodes: int = 1000,        # how many are drawn
+    shots: int = 1,              # references an episode
+    seed: int = 321,             # of the draw
+    mode: str = "eval",          # icvos: "authors" leaves dropout on, as their script does
+):
+    "Judge DC-SAM by example: mIoU with wrong-reference controls, or J&F on IC-VOS."
+    from timet_nb.dcsam.evaluate import run as judge
+    print(judge(data, benchmark, weights or None, sam or None, eyes or None, videos or None, fold,
+                episodes, shots, seed, mode))
+
+# %% ../nbs/99_cli.ipynb #e41ceea6
+@command
+def dcsam__segment(
+    ref: list[str] = None,      # picture and mask; may be given several times
+    target: str = "",           # a picture, a video, a folder of either, or a data set
+    out: str = "segmented",     # new folder for masks, tinted copies and answers.json
+    label: list[str] = None,    # a class name a reference; left out: ids of the masks
+    weights: str = "",          # generator or miniature; "": the shipped miniature
+    sam: str = "",              # SAM's checkpoint, for a published generator
+    threshold: float = None,    # score from which a pixel is marked; left out: the model's own
+    step: int = 1,              # every n-th frame of clips and videos
+    stills: bool = False,       # numbered pictures of a folder are stills, not frames
+    device: str = "auto",       # auto, cpu, cuda, cuda:1
+):
+    "Segment by example with DC-SAM; the same as `timet segment --method dcsam`."
+    segment(ref, target, out, label, "dcsam", sam, weights, 0, threshold, step, stills, device)
+
+# %% ../nbs/99_cli.ipynb #cb34a504
+@command
+def predict(
+    source: str,              # video, folder of frames or clips, .npy array, or the word digits
+    weights: str = "",        # predictor: .safetensors or an OpenSTL checkpoint; "": one is trained here
+    out: str = "predicted",   # new folder for frames, the clip as GIF, and answers.json
+    frames: int = 0,          # how many to predict; 0: as many as the model looks at
+    ahead: bool = False,      # predict past the end; otherwise the known end, with scores
+    size: str = "",           # side, or HxW, pixels; "": the model's own
+    steps: int = 300,         # training steps where no weights are given
+    seed: int = 0,            # of that training
+    device: str = "auto",     # auto, cpu, cuda
+):
+    "Predict how clips go on (TAU); writes frames, and scores where the truth is known."
+    from timet_nb.relearn.predict import run as go_on
+    go_on(source, weights, out, frames, ahead, size, steps, seed, device)
+    print(f"written: {out}")
 
 # %% ../nbs/99_cli.ipynb #29f4cfbd
 @command
@@ -511,11 +600,20 @@ def _tell(folder):
     for pattern, what in names.items():
         for p in sorted(folder.glob(pattern)): print(f"{what:18} {os.path.relpath(p)}")
 
-# %% ../nbs/99_cli.ipynb #f7ab2ed1
+# %% ../nbs/99_cli.ipynb #ce635f9c
 def _overview():
     verbs = [*COMMANDS.items(), ("run", run)]
-    lines = [f"  {k:10} {inspect.getdoc(f).splitlines()[0]}" for k, f in verbs]
+    lines = [f"  {k:13} {inspect.getdoc(f).splitlines()[0]}" for k, f in verbs]
     return "usage: timet VERB ...   (timet VERB --help for its parameters)\n\n" + "\n".join(lines)
+
+def _verb(argv):
+    "The verb that words begin with, of one word or two; and the words after it."
+    known = [*COMMANDS, "run"]
+    for n in (2, 1):
+        if " ".join(argv[:n]) in known: return " ".join(argv[:n]), argv[n:]
+    near = [v for v in known if v.split()[0] == argv[0]] or get_close_matches(argv[0], known, 1)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise SystemExit(f"timet: no verb {argv[0]!r}{hint}\n{_overview()}")
 
 def main(
     argv: list[str] | None = None,   # words of the command line; None: those of this process
@@ -526,14 +624,10 @@ def main(
     if argv[0] == "--version":
         from timet_nb import __version__
         return print(__version__)
-    if argv[0] not in (*COMMANDS, "run"):
-        near = get_close_matches(argv[0], [*COMMANDS, "run"], 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise SystemExit(f"timet: no verb {argv[0]!r}{hint}\n{_overview()}")
-    try: run(argv[1:]) if argv[0] == "run" else call(COMMANDS[argv[0]], argv[1:],
-                                                     f"timet {argv[0]}")
+    verb, rest = _verb(argv)
+    try: run(rest) if verb == "run" else call(COMMANDS[verb], rest, f"timet {verb}")
     except NotebookFailed as e:
         raise SystemExit(f"timet run: {e}\nexecuted copy: {os.path.relpath(e.notebook)}") from None
     except (DataError, ConfigError, ValueError, FileNotFoundError) as e:
         if os.environ.get("TIMET_DEBUG"): raise
-        raise SystemExit(f"timet {argv[0]}: {e}") from None
+        raise SystemExit(f"timet {verb}: {e}") from None

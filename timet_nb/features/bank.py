@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..base.runtime import progress
 
-# %% ../../nbs/2_features/22_bank.ipynb #7665a4c5
+# %% ../../nbs/2_features/22_bank.ipynb #2f7cb130
 @dataclass(frozen=True, eq=False)
 class Kept:
     "A picture after the frozen backbone."
@@ -28,6 +28,11 @@ class Kept:
     objects: tuple[tuple[int, int], ...]  # (object id, class id) of those that can be seen
     group: str                            # pictures of a group show the same objects
     name: str                             # of the picture
+
+    @property
+    def classes(self) -> tuple[int, ...]:   # rising
+        "Those that can be seen."
+        return tuple(sorted({c for _, c in self.objects}))
 
 # %% ../../nbs/2_features/22_bank.ipynb #221a574f
 def keep(
