@@ -18,7 +18,7 @@ from timet_nb.sam.clicks import (
 from timet_nb.sam.mini import (
     HELD_OUT, Asks, MiniTrainConfig, SamConfig, click_loss, correct, create_mini, draw_asks, fill_bank, halved, held_out, keep,
     listening, make_mini, mask_costs, mini_sam, open_turn, save_mini, shipped_sam, surrounded, train_mini, training_pictures)
-from timet_nb.sam.scenes import Shown, composed, generated, nested_scene, paired, varied
+from timet_nb.sam.scenes import Shown, composed, generated, nested_scene, paired, varied, world_frame
 from timet_nb.sam.segment import Sam
 from timet_nb.data.casting import texture_world
 from timet_nb.data.textures import write_textures
@@ -354,6 +354,19 @@ def test_shipped_model_follows_clicks(vit):
     ours = evaluate_clicks(SamClicker(mini_sam()), shown, 3)
     fill = evaluate_clicks(FloodClicker(10., 2.), shown, 3)
     assert ours.iou[0] > fill.iou[0] and ours.iou[2] > fill.iou[2] and ours.iou[2] > .4
+
+
+@pytest.mark.weights
+def test_shipped_model_listens(vit):
+    if shipped_sam() is None: pytest.skip("no shipped weights in this installation")
+    sam, on, beside = mini_sam(), [], []
+    for k in range(4):
+        frame = world_frame(9_000_000 + k)
+        goal = frame.targets[int(frame.targets.flatten(1).sum(1).argmax())]
+        seen = sam.look(frame.image)
+        for m, found in ((goal, on), (~goal, beside)):
+            found.append(mask_iou(sam.ask(seen, *stack_clicks([first_click(m)])).mask, goal))
+    assert min(on) > .6 and max(beside) < .1, (on, beside)
 
 
 @pytest.mark.data

@@ -250,3 +250,26 @@ def test_videos_of_one_frame_and_of_nothing(pair):
     with pytest.raises(DataError, match="no frame"): list(s.track(iter(()), told))
     by_mask = VideoSegmenter(model, tracker, tokens=False, threshold=1.)
     assert int(torch.stack(list(by_mask.track(torch.rand(2, 3, 40, 60), told))).sum()) == 0
+
+
+# ---- video files
+
+def test_video_files_of_the_authors_bring_their_own_sam2(tmp_path):
+    from tests.test_dcsam_prompts import published
+    from timet_nb.dcsam.evaluate import _segmenter
+    from timet_nb.dcsam.prompts import DCSAMConfig
+    from timet_nb.sam.release import official_state, save_sam2
+    theirs, other = (create_sam2(Sam2Config.test(), seed) for seed in (1, 2))
+    torch.manual_seed(0)
+    g, _, state = published(DCSAMConfig.paper("resnet50", sam_version=2, dim=theirs.config.sam.dim, queries=3), "resnet50", True)
+    state = {k: v for k, v in state.items() if ".sam2." not in k}
+    state |= {f"module.sam2.{k}": v for k, v in official_state(theirs).items()}
+    torch.save(state, tmp_path / "video.pt"); save_sam2(other, tmp_path / "sam2.safetensors")
+    s = _segmenter(tmp_path / "video.pt", tmp_path / "sam2.safetensors", None)
+    assert isinstance(s, VideoSegmenter) and s.tokens and s.tracker.config.single and not s.tracker.config.pad_empty
+    assert s.model.sam.config.fit == "corners"
+    for k, v in official_state(theirs).items(): assert torch.equal(official_state(s.tracker)[k], v), k
+    for k, v in g.state_dict().items(): assert torch.equal(s.model.generator.state_dict()[k], v), k
+    image, ids = picture()
+    film = list(s.track(torch.rand(2, 3, 40, 60), s.prompt(image, (ids > 0).long(), ["it"])))
+    assert len(film) == 2 and film[0].shape == (40, 60)

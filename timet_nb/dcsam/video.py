@@ -7,9 +7,9 @@ Docs: https://timet-nb.github.io/timet_nb/7_dcsam/video.html.md"""
 # %% auto #0
 __all__ = ['HEADS', 'follow', 'check_pair', 'tube_loss', 'video_groups', 'train_video', 'VideoSegmenter']
 
-# %% ../../nbs/7_dcsam/73_video.ipynb #c176c932
+# %% ../../nbs/7_dcsam/73_video.ipynb #496d0df3
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 import random
 
@@ -23,12 +23,17 @@ from ..base.rates import cosine
 from ..base.runtime import ConfigError, DataError, explain
 from ..base.train import FitResult, fit
 from ..data.draws import Episode, EpisodeSource
+from .mini import load_mini
 from .phases import DCSAMTrainConfig, epochs_of
 from .prompts import mask_loss
-from .segment import DCSAM, DCSAMSegmenter, Looked
+from .release import split_release
+from .segment import DCSAM, DCSAMSegmenter, Looked, load_dcsam
 from .tube import mask_tube
 from ..evaluate.references import Answer, Prompt, check_prompt, decide, frames_of
+from ..features.checkpoints import load_header, load_state
 from ..sam.memory import Session
+from ..sam.mini_memory import load_mini_track
+from ..sam.release import fill_sam2, load_sam2
 from ..sam.sam2 import Sam2
 
 # %% ../../nbs/7_dcsam/73_video.ipynb #d3439db7
@@ -178,3 +183,28 @@ def _begin(self: VideoSegmenter, session, frame, prompt):
     for c, asked in enumerate(self.asked(frame, prompt), 1):
         last = asked.second or asked.first
         session.add(0, c, tokens=(last.positive[0], last.negative[0]))
+
+# %% ../../nbs/7_dcsam/73_video.ipynb #e5a67a3d
+@patch(cls_method=True)
+def mini(cls: VideoSegmenter,
+    weights: str | Path | None = None,   # a file of `DcsamMini.save`; None: the shipped one
+    tracker: Sam2 | None = None,         # None: the small SAM 2 that ships
+    **options,                           # of DCSAMSegmenter
+) -> VideoSegmenter:
+    "The miniature answers frame 0; a small SAM 2 follows."
+    return cls(load_mini(weights), tracker or load_mini_track(), **options)
+
+@patch(cls_method=True)
+def paper(cls: VideoSegmenter,
+    weights: str | Path,                 # of the generator: ours, or a video file of the authors
+    sam: Sam2 | str | Path,              # SAM 2, or its checkpoint
+    eyes: torch.nn.Module | None = None, # needed where the file of the generator has none
+    **options,                           # of DCSAMSegmenter
+) -> VideoSegmenter:
+    "The published procedure with your checkpoints."
+    tracker = sam if isinstance(sam, Sam2) else load_sam2(sam)
+    tracker.sam.config = replace(tracker.sam.config, fit="corners")
+    tracker.config = replace(tracker.config.as_fork(), sam=tracker.sam.config)
+    own = {} if load_header(weights).get("kind") else split_release(load_state(weights)).sam
+    if own: fill_sam2(tracker, own, str(weights))
+    return cls(load_dcsam(weights, tracker.sam, eyes), tracker, **options)
