@@ -57,6 +57,7 @@ def test_halves():
 
 
 def test_the_statical_half_sees_23_pixels_and_gsta_no_more():
+    torch.manual_seed(0)        # the squeeze has few units behind a ReLU: with other weights all may be silent
     for unit, columns in ((GatingUnit(8, halves="statical"), 23), (GstaUnit(8), 23), (GatingUnit(8), 41)):
         u = torch.rand(1, 8, 41, 41, requires_grad=True)
         unit(u)[..., 20, 20].sum().backward()

@@ -9,7 +9,7 @@ __all__ = ['ToyEyes', 'toy_sam', 'prompt_loss', 'random_clicks', 'practise', 'Sa
            'mask_on_canvas', 'to_canvas', 'view_on', 'check_boxes', 'check_points', 'guess_config', 'load_sam',
            'rename_vit', 'sam_state', 'Sam', 'SamConfig', 'SamFeatures', 'SamVit', 'create_sam']
 
-# %% ../../nbs/6_sam/60_segment.ipynb #033b5064
+# %% ../../nbs/6_sam/60_segment.ipynb #2c0b39ef
 from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
@@ -25,7 +25,7 @@ _all_ = ["SamView", "from_canvas", "lay", "mask_on_canvas", "to_canvas", "view_o
          "check_points", "guess_config", "load_sam", "rename_vit", "sam_state", "Sam", "SamConfig",
          "SamFeatures", "SamVit", "create_sam"]
 
-# %% ../../nbs/6_sam/60_segment.ipynb #11dd0327
+# %% ../../nbs/6_sam/60_segment.ipynb #8408e3b3
 class ToyEyes(nn.Module):
     "Three convolutions from pixels to features of 1/8 of the resolution, for lessons and tests."
     mean = (.5, .5, .5)          # colour of the padding
