@@ -256,7 +256,7 @@ def test_videos_of_one_frame_and_of_nothing(pair):
 
 def test_video_files_of_the_authors_bring_their_own_sam2(tmp_path):
     from tests.test_dcsam_prompts import published
-    from timet_nb.dcsam.evaluate import _segmenter
+    from timet_nb.dcsam.video import open_segmenter
     from timet_nb.dcsam.prompts import DCSAMConfig
     from timet_nb.sam.release import official_state, save_sam2
     theirs, other = (create_sam2(Sam2Config.test(), seed) for seed in (1, 2))
@@ -265,7 +265,7 @@ def test_video_files_of_the_authors_bring_their_own_sam2(tmp_path):
     state = {k: v for k, v in state.items() if ".sam2." not in k}
     state |= {f"module.sam2.{k}": v for k, v in official_state(theirs).items()}
     torch.save(state, tmp_path / "video.pt"); save_sam2(other, tmp_path / "sam2.safetensors")
-    s = _segmenter(tmp_path / "video.pt", tmp_path / "sam2.safetensors", None)
+    s = open_segmenter(tmp_path / "video.pt", tmp_path / "sam2.safetensors", None)
     assert isinstance(s, VideoSegmenter) and s.tokens and s.tracker.config.single and not s.tracker.config.pad_empty
     assert s.model.sam.config.fit == "corners"
     for k, v in official_state(theirs).items(): assert torch.equal(official_state(s.tracker)[k], v), k

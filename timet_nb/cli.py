@@ -434,13 +434,13 @@ def dcsam__train(
           str(pick_device(device)))
     print(f"written: {out}")
 
-# %% ../nbs/99_cli.ipynb #95e4c6b9
+# %% ../nbs/99_cli.ipynb #04e4a3ff
 @command
 def dcsam__eval(
     data: str,                   # folder of the benchmark; for icvos, of COCO
     benchmark: str = "pascal5i", # pascal5i, coco20i, textures, pairs, icvos
     weights: str = "",           # generator or miniature; "": the shipped miniature
-    sam: str = "",               # SAM's checkpoint; "": the weights are of a miniature
+    sam: str = "",               # SAM's or SAM 2's checkpoint; "": the weights are of a miniature
     eyes: str = "",              # ResNet-50 (v2) weights, where the generator's file has none
     videos: str = "",            # icvos: its folder
     fold: int = 0,               # of pascal5i and coco20i, 0 to 3
@@ -451,8 +451,10 @@ def dcsam__eval(
 ):
     "Judge DC-SAM by example: mIoU with wrong-reference controls, or J&F on IC-VOS."
     from timet_nb.dcsam.evaluate import run as judge
-    print(judge(data, benchmark, weights or None, sam or None, eyes or None, videos or None, fold,
-                episodes, shots, seed, mode))
+    from timet_nb.dcsam.video import open_segmenter
+    asked = open_segmenter(weights or None, sam or None, eyes or None)
+    print(judge(data, benchmark, videos=videos or None, fold=fold, episodes=episodes, shots=shots,
+                seed=seed, mode=mode, segmenter=asked))
 
 # %% ../nbs/99_cli.ipynb #e41ceea6
 @command

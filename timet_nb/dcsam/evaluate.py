@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/7_dcsam/evaluate.html.md"""
 __all__ = ['MODES', 'BENCHMARKS', 'VideoQuestion', 'read_icvos', 'draw_support', 'score_video', 'as_run', 'IcvosResult',
            'evaluate_icvos', 'evaluate_fewshot', 'open_source', 'run']
 
-# %% ../../nbs/7_dcsam/72_evaluate.ipynb #3ffb8240
+# %% ../../nbs/7_dcsam/72_evaluate.ipynb #da9ac2b7
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,6 @@ from .segment import DCSAMSegmenter
 from ..evaluate.judge_incontext import IncontextResult, evaluate_incontext
 from ..evaluate.references import InContextSegmenter
 from ..features.cnn_dense import create_dense_cnn
-from ..sam.load import sam_state
 
 # %% ../../nbs/7_dcsam/72_evaluate.ipynb #f94c9bb8
 @dataclass(frozen=True)
@@ -204,22 +203,12 @@ def open_source(
     return replace(folds[0], name="COCO val2014", classes=tuple(range(1, 81)),
                    pictures=tuple({p.name: p for f in folds for p in f.pictures}.values()))
 
-# %% ../../nbs/7_dcsam/72_evaluate.ipynb #47b28ca5
-def _segmenter(weights, sam, eyes):
-    "A miniature; or the published procedure, on SAM for pictures, on SAM 2 with its memory."
-    if sam is None: return DCSAMSegmenter.mini(weights)
-    if weights is None: raise ConfigError(explain("weights", None, "those of the generator"))
-    eyes = create_dense_cnn("resnet50", eyes) if eyes else None
-    if sam_state(sam)[1] == "sam": return DCSAMSegmenter.paper(weights, sam, eyes)
-    from timet_nb.dcsam.video import VideoSegmenter       # later in the book
-    return VideoSegmenter.paper(weights, sam, eyes)
-
-# %% ../../nbs/7_dcsam/72_evaluate.ipynb #bd3dc447
+# %% ../../nbs/7_dcsam/72_evaluate.ipynb #6f05f71c
 def run(
     data: str | Path,              # folder of the benchmark; for icvos, of COCO
     benchmark: str = "pascal5i",   # pascal5i | coco20i | textures | pairs | icvos
     weights: str | Path | None = None,   # of a generator or miniature; None: the shipped
-    sam: str | Path | None = None,   # SAM's or SAM 2's checkpoint; None: weights of a miniature
+    sam: str | Path | None = None,   # SAM's checkpoint; None: the weights are of a miniature
     eyes: str | Path | None = None,  # ResNet-50 (v2), where the weights have no CNN
     videos: str | Path | None = None,   # icvos: its folder
     fold: int = 0,                 # of pascal5i and coco20i
@@ -228,10 +217,15 @@ def run(
     seed: int = 321,               # of the draw
     mode: str = "eval",            # icvos: "authors" leaves dropout on
     controls: bool = True,         # also ask with wrong references
+    segmenter: InContextSegmenter | None = None,   # is asked in place of weights, sam, eyes
 ) -> IncontextResult | IcvosResult:
     "Evaluate: what `timet dcsam eval` calls."
     source = open_source(data, benchmark, fold)
-    s = _segmenter(weights, sam, eyes)
+    if segmenter is not None: s = segmenter
+    elif sam is None: s = DCSAMSegmenter.mini(weights)
+    elif weights is None: raise ConfigError(explain("weights", None, "those of the generator"))
+    else: s = DCSAMSegmenter.paper(weights, sam,
+                                   create_dense_cnn("resnet50", eyes) if eyes else None)
     if benchmark != "icvos":
         official = (512, 512) if benchmark in ("pascal5i", "coco20i") else None
         return evaluate_fewshot(s, source, episodes, shots, seed, official, controls)
