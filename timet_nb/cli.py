@@ -334,7 +334,7 @@ def propagate(
     masks = track(vit, layout[0], ids, size=size)
     print(f"{write_tracks(masks, out)} masks written: {out}")
 
-# %% ../nbs/99_cli.ipynb #03c31bc9
+# %% ../nbs/99_cli.ipynb #534a3b3b
 def _patches(backbone, weights, size):
     "The training-free baseline: the nearest patches of the references."
     from timet_nb.evaluate.incontext import PatchSegmenter
@@ -364,17 +364,17 @@ def _sine_model(backbone, weights):
     return model
 
 def _dcsam(backbone, weights, size):
-    "DC-SAM: the miniature that ships or yours; with a SAM checkpoint as backbone, the published one."
-    from timet_nb.dcsam.segment import DCSAMSegmenter
+    "DC-SAM: a miniature; with a checkpoint of SAM or SAM 2 as backbone, the published one."
+    from torch import nn
+    from timet_nb.dcsam.video import open_segmenter
     if size: raise ConfigError("method dcsam sees pictures at its training size: leave --size out")
     if backbone and not weights: raise ConfigError(
         "--backbone names SAM's checkpoint; the prompt generator's --weights are needed too")
-    made = DCSAMSegmenter.paper(weights,
-                                backbone) if backbone else DCSAMSegmenter.mini(weights or None)
-    return made, made.model
+    made = open_segmenter(weights or None, backbone or None)
+    return made, nn.ModuleList([made.model, *([made.tracker] if hasattr(made, "tracker") else [])])
 
-METHODS = {"patches": _patches, "sine": _sine,
-           "dcsam": _dcsam}   # (backbone, weights, size) -> segmenter, net
+# name -> (backbone, weights, size) -> segmenter, its networks
+METHODS = {"patches": _patches, "sine": _sine, "dcsam": _dcsam}
 
 def _references(words):
     "Pairs of the words after --ref."
@@ -434,7 +434,7 @@ def dcsam__train(
           str(pick_device(device)))
     print(f"written: {out}")
 
-# %% ../nbs/99_cli.ipynb #04e4a3ff
+# %% ../nbs/99_cli.ipynb #cbf854e5
 @command
 def dcsam__eval(
     data: str,                   # folder of the benchmark; for icvos, of COCO
@@ -448,13 +448,14 @@ def dcsam__eval(
     shots: int = 1,              # references an episode
     seed: int = 321,             # of the draw
     mode: str = "eval",          # icvos: "authors" leaves dropout on, as their script does
+    device: str = "auto",        # auto, cpu, cuda, cuda:1
 ):
     "Judge DC-SAM by example: mIoU with wrong-reference controls, or J&F on IC-VOS."
+    from timet_nb.base.runtime import pick_device
     from timet_nb.dcsam.evaluate import run as judge
     from timet_nb.dcsam.video import open_segmenter
-    asked = open_segmenter(weights or None, sam or None, eyes or None)
-    print(judge(data, benchmark, videos=videos or None, fold=fold, episodes=episodes, shots=shots,
-                seed=seed, mode=mode, segmenter=asked))
+    asked = open_segmenter(weights or None, sam or None, eyes or None, pick_device(device))
+    print(judge(data, benchmark, asked, videos or None, fold, episodes, shots, seed, mode))
 
 # %% ../nbs/99_cli.ipynb #e41ceea6
 @command

@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/7_dcsam/evaluate.html.md"""
 __all__ = ['MODES', 'BENCHMARKS', 'VideoQuestion', 'read_icvos', 'draw_support', 'score_video', 'as_run', 'IcvosResult',
            'evaluate_icvos', 'evaluate_fewshot', 'open_source', 'run']
 
-# %% ../../nbs/7_dcsam/72_evaluate.ipynb #da9ac2b7
+# %% ../../nbs/7_dcsam/72_evaluate.ipynb #2c2de1d7
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,6 @@ from ..data.textures import texture_source
 from .segment import DCSAMSegmenter
 from ..evaluate.judge_incontext import IncontextResult, evaluate_incontext
 from ..evaluate.references import InContextSegmenter
-from ..features.cnn_dense import create_dense_cnn
 
 # %% ../../nbs/7_dcsam/72_evaluate.ipynb #f94c9bb8
 @dataclass(frozen=True)
@@ -203,13 +202,11 @@ def open_source(
     return replace(folds[0], name="COCO val2014", classes=tuple(range(1, 81)),
                    pictures=tuple({p.name: p for f in folds for p in f.pictures}.values()))
 
-# %% ../../nbs/7_dcsam/72_evaluate.ipynb #6f05f71c
+# %% ../../nbs/7_dcsam/72_evaluate.ipynb #c200daae
 def run(
     data: str | Path,              # folder of the benchmark; for icvos, of COCO
     benchmark: str = "pascal5i",   # pascal5i | coco20i | textures | pairs | icvos
-    weights: str | Path | None = None,   # of a generator or miniature; None: the shipped
-    sam: str | Path | None = None,   # SAM's checkpoint; None: the weights are of a miniature
-    eyes: str | Path | None = None,  # ResNet-50 (v2), where the weights have no CNN
+    segmenter: InContextSegmenter | None = None,   # who is asked; None: the shipped miniature
     videos: str | Path | None = None,   # icvos: its folder
     fold: int = 0,                 # of pascal5i and coco20i
     episodes: int = 1000,          # how many are drawn
@@ -217,15 +214,10 @@ def run(
     seed: int = 321,               # of the draw
     mode: str = "eval",            # icvos: "authors" leaves dropout on
     controls: bool = True,         # also ask with wrong references
-    segmenter: InContextSegmenter | None = None,   # is asked in place of weights, sam, eyes
 ) -> IncontextResult | IcvosResult:
     "Evaluate: what `timet dcsam eval` calls."
     source = open_source(data, benchmark, fold)
-    if segmenter is not None: s = segmenter
-    elif sam is None: s = DCSAMSegmenter.mini(weights)
-    elif weights is None: raise ConfigError(explain("weights", None, "those of the generator"))
-    else: s = DCSAMSegmenter.paper(weights, sam,
-                                   create_dense_cnn("resnet50", eyes) if eyes else None)
+    s = segmenter or DCSAMSegmenter.mini()
     if benchmark != "icvos":
         official = (512, 512) if benchmark in ("pascal5i", "coco20i") else None
         return evaluate_fewshot(s, source, episodes, shots, seed, official, controls)

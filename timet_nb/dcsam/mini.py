@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/7_dcsam/mini.html.md"""
 __all__ = ['STRIDES', 'SHIPPED_MINI', 'MiniConfig', 'MiniEyes', 'class_evidence', 'cells_of', 'Raw', 'DcsamMini', 'create_mini',
            'trained_state', 'load_mini', 'shipped_mini']
 
-# %% ../../nbs/7_dcsam/72_mini.ipynb #7d258c41
+# %% ../../nbs/7_dcsam/72_mini.ipynb #db8642d1
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +26,8 @@ from .prior import Seen
 from .prompts import Asked, PromptGenerator, Scene, label_vectors
 from ..evaluate.incontext import window_cosine
 from ..features.backbone import create_backbone
-from ..features.checkpoints import fingerprint, load_header, load_state, save_state
+from ..features.checkpoints import (
+    fingerprint, load_header, load_state, save_state, shipped_weights)
 from ..sam.prompt_decoder import MaskDecoder
 from ..features.positions import ChannelNorm
 from ..sam.prompt_encoder import PromptEncoder
@@ -335,13 +336,12 @@ def load_mini(
     model.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
     return model.to(device)
 
-# %% ../../nbs/7_dcsam/72_mini.ipynb #18a7bf46
+# %% ../../nbs/7_dcsam/72_mini.ipynb #6d760906
 SHIPPED_MINI = "dcsam-mini.safetensors"
 
 def shipped_mini() -> Path | None:   # None: this is no checkout, or it has none
     "Find the miniature that comes with a checkout."
-    path = Path(__file__).resolve().parents[2] / "data" / "weights" / SHIPPED_MINI
-    return path if path.is_file() else None
+    return shipped_weights(SHIPPED_MINI)
 
 def _config_from(said):
     "A configuration of a header."

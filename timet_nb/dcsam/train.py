@@ -1,4 +1,4 @@
-"""Pictures are seen once by the frozen CNN; then a step costs half a second. Three hundred of them, a third about things that are not there, and the answer follows the reference.
+"""Pictures are seen once by the frozen CNN. Three hundred steps from what it saw, a third of them about things that are not there, and the answer follows the reference.
 
 Docs: https://timet-nb.github.io/timet_nb/7_dcsam/train.html.md"""
 
@@ -208,7 +208,7 @@ def calibrate(
     best = max(found.values())
     return max(t for t in LADDER if found[t] >= keep * best), found
 
-# %% ../../nbs/7_dcsam/72_train.ipynb #34be7393
+# %% ../../nbs/7_dcsam/72_train.ipynb #00792a36
 BUDGETS = dict(smoke=(6, 2, 2), cpu=(400, 300, 4), gpu=(3000, 4000, 16))   # scenes, steps, batch
 
 def make_mini(
@@ -234,7 +234,7 @@ def make_mini(
     model.config = replace(model.config, threshold=threshold)
     if path: model.save(path, half=True, notes=dict(
         train=asdict(how), seed=seed, budget=budget, world=world, scenes=n,
-        made_by=f"python -m timet_nb.dcsam.train --budget {budget} --seed {seed}"))
+        made_by=f"python -m timet_nb.dcsam.train --world {world} --budget {budget} --seed {seed}"))
     return model
 
 # %% ../../nbs/7_dcsam/72_train.ipynb #3b14ddb7

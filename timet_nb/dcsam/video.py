@@ -211,15 +211,20 @@ def paper(cls: VideoSegmenter,
     if own: fill_sam2(tracker, own, str(weights))
     return cls(load_dcsam(weights, tracker.sam, eyes), tracker, **options)
 
-# %% ../../nbs/7_dcsam/73_video.ipynb #02e89261
+# %% ../../nbs/7_dcsam/73_video.ipynb #dc321476
 def open_segmenter(
     weights: str | Path | None = None,   # of a generator, or of a miniature; None: the shipped one
     sam: str | Path | None = None,       # SAM's or SAM 2's checkpoint; None: weights of a miniature
     eyes: str | Path | None = None,      # ResNet-50 (v2), where the weights have no CNN
+    device: str | torch.device = "cpu",  # where its networks shall live
 ) -> DCSAMSegmenter:                     # a VideoSegmenter with SAM 2
     "Open what the files describe."
-    if sam is None: return DCSAMSegmenter.mini(weights)
-    if weights is None: raise ConfigError(explain("weights", None, "those of the generator"))
-    eyes = create_dense_cnn("resnet50", eyes) if eyes else None
-    kind = DCSAMSegmenter if sam_state(sam)[1] == "sam" else VideoSegmenter
-    return kind.paper(weights, sam, eyes)
+    if sam is None: made = DCSAMSegmenter.mini(weights)
+    elif weights is None: raise ConfigError(explain("weights", None, "those of the generator"))
+    else:
+        cnn = create_dense_cnn("resnet50", eyes) if eyes else None
+        kind = DCSAMSegmenter if sam_state(sam)[1] == "sam" else VideoSegmenter
+        made = kind.paper(weights, sam, cnn)
+    for net in (made.model, getattr(made, "tracker", None)):
+        if net is not None: net.to(device)
+    return made

@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/6_sam/discs.html.md"""
 __all__ = ['SHIPPED_DISCS', 'DiscClips', 'disc_clips', 'DiscEyes', 'create_disc_tracker', 'unroll', 'track_loss', 'train_discs',
            'judge_discs', 'load_discs']
 
-# %% ../../nbs/6_sam/61_discs.ipynb #72292608
+# %% ../../nbs/6_sam/61_discs.ipynb #b11c6d3d
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 import timet_nb
 from ..base.runtime import CheckpointError, explain
-from ..features.checkpoints import load_state
+from ..features.checkpoints import load_state, shipped_weights
 from .bank import recent_frames
 from .release import fill_sam2
 from .sam2 import Chosen, Found, Sam2, Sam2Config, take
@@ -53,7 +53,7 @@ def disc_clips(
              for t in range(length)]
     return DiscClips(*(torch.stack(x, 1) for x in zip(*shown)))
 
-# %% ../../nbs/6_sam/61_discs.ipynb #97dab14a
+# %% ../../nbs/6_sam/61_discs.ipynb #2fc7e29e
 def _two_colours(n, draw):
     "Two different corners of the colour cube."
     a = draw(n, 3) > .5
@@ -79,7 +79,8 @@ def _frame(ground, colours, rows, columns, post, draw):
     at = lambda v: v[:, None, None]
     discs = [(x - at(c)) ** 2 + (y - at(r)) ** 2 < (.11 * side) ** 2 for r, c in zip(rows, columns)]
     image = ground
-    for disc, colour in zip(discs, colours): image = torch.where(disc[:, None], colour[..., None, None], image)
+    for disc, colour in zip(discs, colours): image = torch.where(disc[:, None],
+                                                                 colour[..., None, None], image)
     image = torch.where(post[:, None], .5, image) + .06 * (draw(n, 3, side, side) - .5)
     return image.clamp(0, 1), discs[0] & ~post, discs[0]
 
@@ -126,7 +127,7 @@ def unroll(
         bank[t] = model.store(seen[t], take(out))
     return [bank[t].found for t in range(1, len(seen))]
 
-# %% ../../nbs/6_sam/61_discs.ipynb #7d17e926
+# %% ../../nbs/6_sam/61_discs.ipynb #a62140b4
 def track_loss(
     found: list[Found],            # of frames 1, 2, ...
     seen: Tensor,                  # (B, T, H, W) bool, frame 0 too
@@ -138,13 +139,14 @@ def track_loss(
         y = F.interpolate(seen[:, t, None].float(), f.low.shape[-2:], mode="area").flatten(1)
         there = (seen[:, t].flatten(1).sum(1) > enough).float()
         x = f.low.clamp(-20, 20).flatten(1); p = x.sigmoid()
-        cross = F.binary_cross_entropy_with_logits(x, y, reduction="none", pos_weight=x.new_tensor(8.))
+        cross = F.binary_cross_entropy_with_logits(x, y, reduction="none",
+                                                   pos_weight=x.new_tensor(8.))
         dice = 1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1)
         total = total + ((2 * cross.mean(1) + dice) * there).mean()
         total = total + F.binary_cross_entropy_with_logits(f.score[:, 0], there)
     return total / len(found)
 
-# %% ../../nbs/6_sam/61_discs.ipynb #0629e09a
+# %% ../../nbs/6_sam/61_discs.ipynb #0b3c9bd7
 def train_discs(
     model: Sam2,                   # trained in place
     steps: int = 800,              # steps
@@ -160,7 +162,8 @@ def train_discs(
     model.train()
     for n in range(steps):
         for group in optimiser.param_groups:
-            group["lr"] = rate * min(1, (n + 1) / warm) * (.51 + .49 * math.cos(math.pi * n / steps))
+            group["lr"] = rate * min(1,
+                                     (n + 1) / warm) * (.51 + .49 * math.cos(math.pi * n / steps))
         clips = disc_clips(batch, length, g)
         loss = track_loss(unroll(model, clips.frames, clips.seen[:, 0]), clips.seen)
         optimiser.zero_grad(); loss.backward()
@@ -187,13 +190,13 @@ def judge_discs(
     return dict(iou=float(iou[there].mean()), score=float((score == there).float().mean()),
                 after=float(iou[after].mean()))
 
-# %% ../../nbs/6_sam/61_discs.ipynb #e12884d1
+# %% ../../nbs/6_sam/61_discs.ipynb #cadeb66d
 SHIPPED_DISCS = "sam2-discs.safetensors"
 
 def load_discs() -> Sam2:          # in eval mode, frozen
     "Load the tracker of discs that comes with a checkout."
-    path = Path(timet_nb.__file__).resolve().parents[1] / "data" / "weights" / SHIPPED_DISCS
-    if not path.is_file(): raise CheckpointError(explain(
+    path = shipped_weights(SHIPPED_DISCS)
+    if path is None: raise CheckpointError(explain(
         SHIPPED_DISCS, "not in this installation", "a checkout with data/weights",
         "train_discs(create_disc_tracker()) makes one in some minutes"))
     model = create_disc_tracker()

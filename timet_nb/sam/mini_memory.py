@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/6_sam/mini_memory.html.md"""
 __all__ = ['WORDS', 'PARTS', 'SHIPPED_TRACK', 'begin_alike', 'create_mini_track', 'memory_parts', 'coarser', 'sam_mark',
            'save_mini_track', 'load_mini_track', 'fill_mini_track', 'shipped_track']
 
-# %% ../../nbs/6_sam/61_mini_memory.ipynb #7a1f53e9
+# %% ../../nbs/6_sam/61_mini_memory.ipynb #aacf988c
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..base.runtime import CheckpointError, check_config, explain
-from ..features.checkpoints import fingerprint, load_header, load_state, save_state
+from ..features.checkpoints import (
+    fingerprint, load_header, load_state, save_state, shipped_weights)
 from .mini import create_mini, mini_sam
 from .mini_film import CELL, grid_sam
 from .sam2 import Sam2, Sam2Config
@@ -178,8 +179,7 @@ def fill_mini_track(
 
 def _learned(k): return k.split(".")[0] in (*PARTS, *WORDS)
 
-# %% ../../nbs/6_sam/61_mini_memory.ipynb #fe251085
+# %% ../../nbs/6_sam/61_mini_memory.ipynb #7a638402
 def shipped_track() -> Path | None:   # None: this is no checkout, or it has none
     "Find the memory that comes with a checkout."
-    path = Path(__file__).resolve().parents[2] / "data" / "weights" / SHIPPED_TRACK
-    return path if path.is_file() else None
+    return shipped_weights(SHIPPED_TRACK)

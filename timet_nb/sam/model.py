@@ -225,7 +225,7 @@ def still(
     if self.config.version == 1: return features.embedding
     return features.embedding + self.no_mem_embed.reshape(1, -1, 1, 1)
 
-# %% ../../nbs/6_sam/60_model.ipynb #d4162556
+# %% ../../nbs/6_sam/60_model.ipynb #ece7d55e
 @patch
 def decode(
     self: Sam,
@@ -237,12 +237,23 @@ def decode(
     multimask: bool = False,         # several masks
 ) -> Decoded:                        # at the decoder's resolution; gradients flow
     "The differentiable core: prompts on the canvas to masks on the canvas."
+    clicks = points
     if self.config.version == 2 and boxes is not None:
         points, boxes = _box_as_points(points, boxes), None
     sparse, dense = self.prompt_encoder(points, boxes, masks, tokens)
-    if masks is None: dense = dense[:1]
+    dense = self.dense(features, dense if masks is not None else dense[:1], clicks)
     return self.mask_decoder(self.still(features), self.prompt_encoder.dense_pe(), sparse, dense,
                              multimask, features.high_res)
+
+@patch
+def dense(
+    self: Sam,
+    features: SamFeatures,           # as in `decode`
+    dense: Tensor,                   # (B or 1, dim, h, w) of the mask prompt, or of "no mask"
+    clicks: tuple[Tensor, Tensor] | None,   # as `points` in `decode`
+) -> Tensor:                         # (B or 1, dim, h, w)
+    "What is added to the map of features; a SAM with more to say overrides it."
+    return dense
 
 def _box_as_points(points, boxes):
     "SAM 2 gives a box as two points in front of the others."

@@ -88,27 +88,6 @@ def world_frame(
     found = [ids == i for i in ids.unique().tolist() if i]
     return Shown(f"world-{seed}", clip.frames[3], torch.stack(found)) if found else None
 
-# %% ../../nbs/6_sam/60_scenes.ipynb #4afd52351
-def nested_scene(
-    world: TextureWorld,     # of kind "textures"
-    seed: int,               # fixes everything
-) -> Shown:                  # targets: every part, and every whole with its part
-    "Textured things on a photo; a click on a part may mean the part or the whole."
-    recipe, nested = with_parts(compose(world, seed), seed)
-    s = render_recipe(recipe)
-    masks = {i: s.ids == i for i in range(1, len(recipe.things) + 1)}
-    for part, whole in nested: masks[whole] = masks[whole] | masks[part]
-    return Shown(f"nested-{seed}", s.image, torch.stack(list(masks.values())))
-
-def world_frame(
-    seed: int,               # fixes everything
-) -> Shown | None:           # None: no object is in sight
-    "One frame of a random world."
-    clip = render_clip(random_world(seed, n_frames=6, size=(256, 448)), flow=False)
-    ids = clip.masks[3]
-    found = [ids == i for i in ids.unique().tolist() if i]
-    return Shown(f"world-{seed}", clip.frames[3], torch.stack(found)) if found else None
-
 # %% ../../nbs/6_sam/60_scenes.ipynb #f32314a9
 def varied(
     shown: Shown,                # a picture

@@ -9,7 +9,7 @@ __all__ = ['BUDGETS', 'SHIPPED_MINI', 'truth_of', 'pair_loss', 'Linear', 'fallin
            'make_mini', 'shipped_mini', 'load_mini', 'main', 'Bank', 'Kept', 'Pair', 'Pairs', 'SineTrainConfig',
            'bank_of', 'fill_bank', 'texture_bank']
 
-# %% ../../nbs/5_sine/54_train.ipynb #142355f8
+# %% ../../nbs/5_sine/54_train.ipynb #72250681
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +26,7 @@ from ..base.train import FitResult, fit
 from ..data.frames import resize_mask
 from ..data.textures import texture_world, write_textures
 from ..features.bank import Bank, Kept, bank_of
+from ..features.checkpoints import shipped_weights
 from .answers import lay_masks, on_canvas, semantic_map
 from .matching import CriterionConfig, Truth, place_of, sine_loss
 from .model import Sine, SineConfig, create_sine
@@ -205,13 +206,12 @@ def make_mini(
         made_by=f"python -m timet_nb.sine.train --budget {budget} --seed {seed}"))
     return model
 
-# %% ../../nbs/5_sine/54_train.ipynb #74fd58ec
+# %% ../../nbs/5_sine/54_train.ipynb #8d793366
 SHIPPED_MINI = "sine-mini.safetensors"
 
 def shipped_mini() -> Path | None:   # None: this is no checkout, or it has none
     "Find the mini decoder that comes with a checkout."
-    path = Path(__file__).resolve().parents[2] / "data" / "weights" / SHIPPED_MINI
-    return path if path.is_file() else None
+    return shipped_weights(SHIPPED_MINI)
 
 # %% ../../nbs/5_sine/54_train.ipynb #2d083b99
 def load_mini(
