@@ -35,7 +35,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE / "golden"
 CHECKS = ("tests.parity_timet", "tests.parity_timet_loss", "tests.parity_dcsam", "tests.parity_dcsam_prompts", "tests.parity_tube",
-          "tests.parity_sam", "tests.parity_sam2", "tests.parity_sine", "tests.parity_sine_segment", "tests.parity_sine_metrics", "tests.parity_tau")
+          "tests.parity_sam", "tests.parity_sam2", "tests.parity_sine", "tests.parity_sine_segment", "tests.parity_sine_metrics", "tests.parity_tau", "tests.parity_stcr")
 ALWAYS_INPUT = "sd/* in/* cfg/* rng/* config_json seed"
 
 
@@ -196,7 +196,7 @@ def check_file(path: Path, name: str, show_inputs: bool = False) -> Iterator[Lin
         else: yield Line(f"{name}:{n}", "not covered", why="no check for this array")
 
 
-BUILT = {"timet", "sine", "dcsam", "tau"}
+BUILT = {"timet", "sine", "dcsam", "tau", "stcr"}
 
 
 def missing(root: Path) -> Iterator[Line]:

@@ -34,7 +34,7 @@ def toy(tmp_path):
 def test_help_lists_every_verb_with_a_sentence():
     done = timet("--help")
     assert done.returncode == 0
-    for verb in ("doctor", "frames", "tune", "predict", "dcsam train", "eval", "measure", "compare", "propagate", "run", "clips", "visor", "look"):
+    for verb in ("doctor", "frames", "tune", "predict", "relearn", "dcsam train", "eval", "measure", "compare", "propagate", "run", "clips", "visor", "look"):
         assert f"\n  {verb} " in done.stdout, verb
     assert "source" in timet("tune", "--help").stdout and "never changed" in timet("frames", "--help").stdout
 
@@ -200,3 +200,21 @@ def test_cell_timeout_is_told(toy, tmp_path):
     path = toy("n = 2", "import time; time.sleep(60)")
     done = timet("run", path, "--timeout", "3", "--out", tmp_path / "r")
     assert done.returncode == 1 and "CellTimeoutError" in done.stderr and (tmp_path / "r" / "toy.ipynb").exists()
+
+
+def test_relearn_from_folders_to_masks(tmp_path):
+    "Annotated images, a video, one annotated frame: masks before and after, a model that can be used again, and nothing among the data."
+    from timet_nb.data.ultrasound import UltrasoundWorld, write_ultrasound
+    images = write_ultrasound(tmp_path / "images", UltrasoundWorld("breast", 64, seed=1), 5)
+    films = write_ultrasound(tmp_path / "films", UltrasoundWorld("heart", 64, frames=6, seed=2), 1)
+    folder = next((films / "JPEGImages").rglob("*.jpg")).parent
+    frame, mask = sorted(folder.glob("*.jpg"))[0], sorted((films / "Annotations").rglob("*.png"))[0]
+    before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
+    said = timet("relearn", images, folder, "--support", frame, mask, "--out", tmp_path / "one", "--budget", "smoke", "--steps", "2", "--device", "cpu").stdout
+    assert "6 frames, steadiness" in said and "Dice" not in said          # a folder of frames has no truth
+    model = tmp_path / "one" / "image-model.safetensors"
+    said = timet("relearn", images, films, "--model", model, "--out", tmp_path / "two", "--budget", "smoke", "--steps", "2", "--device", "cpu").stdout
+    assert "Dice" in said and len(list((tmp_path / "two" / "masks").rglob("*.png"))) == 6
+    assert [p for p in before if not p.exists()] == [] and not list(films.rglob("*.safetensors"))
+    assert "--support takes a picture and its mask" in timet("relearn", images, folder, "--support", frame, "--out", tmp_path / "three").stderr
+    assert "a folder elsewhere" in timet("relearn", images, films, "--out", films / "four").stderr

@@ -7,8 +7,8 @@ Docs: https://timet-nb.github.io/timet_nb/cli.html.md"""
 # %% auto #0
 __all__ = ['COMMANDS', 'METHODS', 'command', 'call', 'suite_dir', 'find_notebook', 'notebook_parameters', 'check_parameters',
            'NotebookFailed', 'run_notebook', 'doctor', 'frames', 'visor', 'clips', 'look', 'tune', 'with_settings',
-           'propagate', 'segment', 'dcsam__train', 'dcsam__eval', 'dcsam__segment', 'predict', 'measure', 'eval_',
-           'compare', 'run', 'main']
+           'propagate', 'segment', 'dcsam__train', 'dcsam__eval', 'dcsam__segment', 'predict', 'relearn', 'measure',
+           'eval_', 'compare', 'run', 'main']
 
 # %% ../nbs/99_cli.ipynb #b230dd2d
 import argparse, inspect, json, os, re, sys, time
@@ -334,7 +334,7 @@ def propagate(
     masks = track(vit, layout[0], ids, size=size)
     print(f"{write_tracks(masks, out)} masks written: {out}")
 
-# %% ../nbs/99_cli.ipynb #534a3b3b
+# %% ../nbs/99_cli.ipynb #1acb2979
 def _patches(backbone, weights, size):
     "The training-free baseline: the nearest patches of the references."
     from timet_nb.evaluate.incontext import PatchSegmenter
@@ -374,22 +374,30 @@ def _dcsam(backbone, weights, size):
     return made, nn.ModuleList([made.model, *([made.tracker] if hasattr(made, "tracker") else [])])
 
 # name -> (backbone, weights, size) -> segmenter, its networks
-METHODS = {"patches": _patches, "sine": _sine, "dcsam": _dcsam}
+def _stcr(backbone, weights, size):
+    "STCR's image model: `weights` is a file of `timet relearn`; \"\" the shipped one that listens."
+    from timet_nb.relearn.fewshot import FewShotSegmenter, load_fewshot, shipped_images
+    if backbone or size: raise ConfigError(
+        "stcr has backbone and size in its file: leave --backbone and --size out")
+    net = load_fewshot(weights or shipped_images(listens=True))
+    return FewShotSegmenter(net), net
 
-def _references(words):
-    "Pairs of the words after --ref."
+METHODS = {"patches": _patches, "sine": _sine, "dcsam": _dcsam, "stcr": _stcr}
+
+def _references(words, word="--ref"):
+    "Pairs of the words after an option."
     if not words or len(words) % 2: raise ConfigError(
-        f"--ref takes a picture and its mask, got {len(words or ())} files: --ref cat.jpg cat.png")
+        f"{word} takes a picture and its mask, got {len(words or ())} files: {word} cat.jpg cat.png")
     return list(zip(words[::2], words[1::2]))
 
-# %% ../nbs/99_cli.ipynb #f7c0c6f2
+# %% ../nbs/99_cli.ipynb #d58860a6
 @command
 def segment(
     ref: list[str] = None,      # picture and mask; may be given several times
     target: str = "",           # a picture, a video, a folder of either, or a data set
     out: str = "segmented",     # new folder for masks, tinted copies and answers.json
     label: list[str] = None,    # a class name a reference; left out: ids of the masks
-    method: str = "patches",    # patches (nearest patches, no training), sine or dcsam
+    method: str = "patches",    # patches (nearest patches, no training), sine, dcsam, stcr
     backbone: str = "",         # a backbone's name or file; "": the method's own
     weights: str = "",          # the method's trained weights; "": its shipped ones
     size: int = 0,              # short side that the backbone sees; 0: the method's own
@@ -490,6 +498,32 @@ def predict(
     "Predict how clips go on (TAU); writes frames, and scores where the truth is known."
     from timet_nb.relearn.predict import run as go_on
     go_on(source, weights, out, frames, ahead, size, steps, seed, device)
+    print(f"written: {out}")
+
+# %% ../nbs/99_cli.ipynb #662b0e43
+@command
+def relearn(
+    images: str,                # annotated images: a folder; or ultrasound, endoscopy (generated)
+    video: str,                 # video file, folder of frames, DICOM file, or a data set of videos
+    support: list[str] = None,  # annotated frame and its mask; left out: the first frame with a mask
+    out: str = "relearned",     # new folder for masks before and after, models, logs and answers.json
+    model: str = "",            # image model from an earlier run; "": one is trained on the images
+    per: str = "video",         # video: each for itself; set: one student for all
+    budget: str = "cpu",        # smoke, cpu or gpu: how long both trainings are
+    steps: int = 0,             # of relearning; 0: the budget's
+    seed: int = 0,              # of everything
+    device: str = "auto",       # auto, cpu, cuda
+):
+    "Segment a video of which one frame is annotated, by relearning an image model on it (STCR)."
+    from timet_nb.base.runtime import pick_device
+    from timet_nb.relearn.apply import run as again
+    pairs = _references(support, "--support") if support else None
+    rows = again(images, video, pairs, out, model or None, per, budget, steps or None, seed,
+                 str(pick_device(device)))
+    for r in rows:
+        dice = "" if r.dice_before is None else f", Dice {r.dice_before:.3f} -> {r.dice_after:.3f}"
+        steady = f"steadiness {r.steady_before:.3f} -> {r.steady_after:.3f}"
+        print(f"{r.video}: {r.frames} frames, {steady}{dice}")
     print(f"written: {out}")
 
 # %% ../nbs/99_cli.ipynb #29f4cfbd

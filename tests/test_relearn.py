@@ -1,0 +1,479 @@
+"Relearning: frames in a file, the student and what it may change, seeds, resume, inference of any length, files, faults."
+import itertools
+import json
+import random
+import tracemalloc
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from timet_nb.base.runtime import CheckpointError, ConfigError, DataError
+from timet_nb.data.decode import write_image
+from timet_nb.data.decode_masks import read_mask, write_mask
+from timet_nb.data.endoscopy import EndoscopyImages
+from timet_nb.data.ultrasound import UltrasoundWorld, render_ultrasound, write_ultrasound
+from timet_nb.features.weights import load_state, save_state
+from timet_nb.relearn.apply import (BUDGETS, GENERATED, Row, Target, image_sets, open_images, open_videos, run, steadiness,
+                                    with_support, write_masks)
+from timet_nb.relearn.fewshot import FewShotConfig, create_fewshot
+from timet_nb.relearn.frames import Clips, FrameStore, as_video, bounce, draw_clip, windows
+from timet_nb.relearn.losses import ConsistencyConfig, consistency
+from timet_nb.relearn.relearn import RelearnConfig, Student, _relearn_loss, load_relearned, relearn, segment_images
+
+S = 32
+SMALL = dict(T=3, steps=3, clips=1, lr=1e-3, tau_lr=1e-2)
+
+
+def film(n, seed=0, size=S):
+    g = torch.Generator().manual_seed(seed)
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    masks = torch.stack([(x - size / 3 - t) ** 2 + (y - size / 2) ** 2 < (size / 5) ** 2 for t in range(n)]).long()
+    grain = .2 * torch.rand(n, 3, size, size, generator=g)
+    return (.3 + .4 * masks[:, None] + grain), masks
+
+
+@pytest.fixture(scope="module")
+def net():
+    net = create_fewshot(FewShotConfig.test(size=S, width=4, layers=2))
+    g = torch.Generator().manual_seed(1)
+    for m in net.modules():                  # as after training: statistics that are not those of a fresh network
+        if isinstance(m, nn.BatchNorm2d): m.running_mean.copy_(.1 * torch.randn(len(m.running_mean), generator=g))
+    return net
+
+
+@pytest.fixture(scope="module")
+def video():
+    frames, masks = film(8)
+    return as_video(frames, frames[0], masks[0], S, "film")
+
+
+def state_of(m): return {k: v.clone() for k, v in m.state_dict().items()}
+
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- frames
+
+def test_store_gives_any_frame_and_keeps_bytes():
+    frames = torch.randint(0, 256, (9, 3, 20, 20)).float() / 255
+    store = FrameStore(frames, 20, "x")
+    assert torch.equal(store[[7, 0, 7]], frames[[7, 0, 7]])
+    assert store._map.nbytes == 9 * 3 * 400 and len(store) == 9
+    with pytest.raises(DataError, match="frame 9"): store[[0, 9]]
+    with pytest.raises(DataError, match="frame -1"): store[[-1]]
+    with pytest.raises(ConfigError, match="size"): FrameStore(frames, 0)
+
+
+def test_store_memory_is_flat_in_the_length():
+    def held(n):
+        tracemalloc.start()
+        store = FrameStore((torch.full((3, 64, 64), k / n) for k in range(n)), 64)
+        most = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+        return most, store
+    (few, _), (many, store) = held(8), held(128)
+    assert many < 1.5 * few and many < store._map.nbytes / 4
+    assert len(store) == 128 and abs(float(store[[64]].mean()) - .5) < .01
+
+
+def test_frames_that_change_their_size_are_squares_and_keep_it(net):
+    frames = [torch.rand(3, 20, 30), torch.rand(3, 30, 20), torch.rand(3, 48, 48)]
+    v = as_video(frames, frames[0], torch.ones(20, 30).long(), S)
+    assert v.frames.sizes == [(20, 30), (30, 20), (48, 48)] and v.frames[[0, 1, 2]].shape == (3, 3, S, S)
+    r = relearn(net, v, RelearnConfig(**SMALL))
+    assert [tuple(m.shape) for m in r.segment(v)] == v.frames.sizes
+    assert [tuple(m.shape) for m in segment_images(net, v)] == v.frames.sizes
+
+
+def test_a_broken_frame_is_named_with_its_video():
+    frames, masks = film(5)
+    frames[3, 0, 2, 2] = float("nan")
+    with pytest.raises(DataError, match="film, frame 3"): as_video(frames, frames[0], masks[0], S, "film")
+    with pytest.raises(DataError, match="no frame"): FrameStore([], S)
+    with pytest.raises(DataError, match="frame 0"): FrameStore([torch.rand(1, 8, 8)], S)
+
+
+def test_windows_cover_every_frame_with_neighbours():
+    for n, T in itertools.product(range(2, 14), range(2, 6)):
+        for overlap in range(T):
+            plan = windows(n, T, overlap)
+            assert {k for w in plan for k in w} == set(range(n)) and all(len(w) == T for w in plan)
+            assert all(abs(a - b) == 1 for w in plan for a, b in zip(w, w[1:]))
+    assert windows(7, 3) == [[0, 1, 2], [3, 4, 5], [4, 5, 6]] and windows(1, 3) == [[0, 0, 0]]
+    for bad in ((0, 3, 0), (5, 0, 0), (5, 3, 3), (5, 3, -1)):
+        with pytest.raises(ConfigError, match="windows"): windows(*bad)
+
+
+def test_clips_are_neighbours_and_reach_both_ends():
+    rng, seen = random.Random(0), Counter()
+    for _ in range(300):
+        c = draw_clip(9, 4, 1, rng); seen.update(c)
+        assert [b - a for a, b in zip(c, c[1:])] == [1, 1, 1]
+    assert set(seen) == set(range(9))
+    assert all(abs(a - b) == 1 for _ in range(50) for c in [draw_clip(3, 5, 2, rng)] for a, b in zip(c, c[1:]))
+    assert {b - a for c in [draw_clip(9, 4, 5, rng)] for a, b in zip(c, c[1:])} == {2}
+    assert bounce(2, 5) == [0, 1, 0, 1, 0] and bounce(1, 3) == [0, 0, 0]
+
+
+def test_batches_follow_from_seed_and_number_and_use_all_videos(video):
+    frames, masks = film(5, 2)
+    both = [video, as_video(frames, frames[0], masks[0], S)]
+    c = SimpleNamespace(T=3, gap=1, clips=2)
+    draw, again = Clips(both, c, 4), Clips(both, c, 4)
+    assert torch.equal(draw(9)["frames"], again(9)["frames"])
+    assert not torch.equal(Clips(both, c, 5)(9)["frames"], again(9)["frames"])
+    counts = Counter(v for k in range(100) for v in draw(k)["video"].tolist())
+    assert min(counts.values()) > 70 and set(counts) == {0, 1}
+
+
+# --- support
+
+def test_support_faults():
+    frames, masks = film(3)
+    bad = {"no object": (frames[0], 0 * masks[0]), "as its picture": (frames[0], masks[0][1:]),
+           "2 pictures, 1 masks": (frames[:2], masks[:1]), "0 pictures": ([], [])}
+    for words, (x, m) in bad.items():
+        with pytest.raises(DataError, match=words): as_video(frames, x, m, S, "film")
+    unknown = torch.full_like(masks[0], 255)
+    with pytest.raises(DataError, match="no object"): as_video(frames, frames[0], unknown, S)
+    broken = frames[0].clone(); broken[0, 0, 0] = float("nan")
+    with pytest.raises(DataError, match="support picture 0 of film"): as_video(frames, broken, masks[0], S, "film")
+
+
+def test_support_and_query_may_differ_in_size(net):
+    frames, _ = film(4)
+    big, mask = film(1, 3, 50)
+    v = as_video(frames[:, :, :24], big[0], mask[0], S)
+    assert [tuple(m.shape) for m in segment_images(net, v)] == [(24, 32)] * 4
+    assert [tuple(m.shape) for m in relearn(net, v, RelearnConfig(**SMALL)).segment(v)] == [(24, 32)] * 4
+
+
+# --- the student
+
+def test_scale_zero_is_the_teacher_to_the_bit_and_the_published_scale_is_near(net, video):
+    x = video.frames[[2, 3, 4]]
+    with torch.no_grad():
+        support = net.support(video.images, video.masks)
+        want = net.head(net.fuse(x, support))
+        for scale, most in ((0., 0.), (1e-2, .1)):
+            f, z, got = Student(net, RelearnConfig(T=3, scale=scale))(x, support)
+            assert float((got - want).abs().max()) <= most and (scale == 0) == torch.equal(f, z)
+        far = Student(net, RelearnConfig(T=3, scale=1.))(x, support)[2]
+        assert float((far - want).abs().max()) > .1
+
+
+def test_without_tau_frames_do_not_see_each_other(net, video):
+    x, support = video.frames[[2, 3, 4]], net.support(video.images, video.masks)
+    other = torch.cat([x[:2], 1 - x[2:]])
+    with torch.no_grad():
+        for tau, moved in ((False, False), (True, True)):
+            s = Student(net, RelearnConfig(T=3, tau=tau, scale=.5))
+            assert torch.equal(s(x, support)[2][0], s(other, support)[2][0]) != moved
+
+
+def test_losses_are_taken_where_the_paper_takes_them(net, video):
+    c = RelearnConfig(T=3, clips=1, scale=1.)
+    student, batch = Student(net, c), Clips([video], c)(0)
+    got = _relearn_loss(student, net, [video], batch)
+    with torch.no_grad():
+        support = net.support(video.images, video.masks)
+        f, z_hat, logits = student(batch["frames"], support)
+        z = net.fuse(batch["frames"], support); y = net.head(z).softmax(1)
+        want = consistency(c.losses, f, z_hat, z, logits.softmax(1), y)
+    for k in want: assert torch.allclose(got[k], want[k], atol=1e-6), k
+    assert float(got["feature"]) < 1e-12 and float(got["prediction"]) > 0      # before TAU nothing moved, behind it much
+
+
+def test_gradient_reaches_all_but_the_head_even_from_a_frozen_teacher(net, video):
+    frozen = create_fewshot(net.config); frozen.load_state_dict(net.state_dict()); frozen.requires_grad_(False)
+    student = Student(frozen, RelearnConfig(T=3, clips=1)).train()
+    _relearn_loss(student, frozen, [video], Clips([video], student.config)(0))["loss"].backward()
+    has = lambda m: any(p.grad is not None and bool(p.grad.any()) for p in m.parameters())
+    assert has(student.net.pyramid) and has(student.net.mixers) and has(student.net.neck) and has(student.tau)
+    assert not has(student.net.head) and not has(frozen)
+
+
+def test_what_relearning_changes_and_what_not(net, video):
+    before = state_of(net)
+    r = relearn(net, video, RelearnConfig(**SMALL))
+    assert same(before, state_of(net)) and not any(p.grad is not None for p in net.parameters())
+    now = state_of(r.student.net)
+    assert all(torch.equal(now[k], before[k]) for k in now if k.startswith("head."))
+    assert all(torch.equal(now[k], before[k]) for k in now if "running" in k)       # statistics kept
+    assert any(not torch.equal(now[k], before[k]) for k in now if k.startswith("pyramid."))
+    assert not r.student.training and r.steps == 3 and len(r.history) == 3
+    assert {"loss", "temporal", "feature", "prediction"} <= set(r.history[0])
+    learned = relearn(net, video, RelearnConfig(**SMALL, head="learned", statistics="learned"))
+    now = state_of(learned.student.net)
+    assert any(not torch.equal(now[k], before[k]) for k in now if k.startswith("head."))
+    assert any(not torch.equal(now[k], before[k]) for k in now if "neck" in k and "running_mean" in k)
+    assert all(torch.equal(now[k], before[k]) for k in now if "pyramid" in k and "running" in k)
+
+
+def test_seeds(net, video):
+    c = RelearnConfig(**SMALL)
+    a, b, other = (state_of(relearn(net, video, c, seed=s).student) for s in (3, 3, 4))
+    assert same(a, b) and not same(a, other)
+
+
+def test_a_stopped_run_ends_with_the_same_bits(net, video, tmp_path):
+    c = RelearnConfig(**{**SMALL, "steps": 5})
+    whole = relearn(net, video, c, tmp_path / "whole")
+    class Stop(Exception): pass
+    def stop(student, step):
+        if step == 2: raise Stop
+    with pytest.raises(Stop): relearn(net, video, c, tmp_path / "cut", after_step=stop, save_every=1)
+    again = relearn(net, video, c, tmp_path / "cut", resume=True)
+    assert same(state_of(whole.student), state_of(again.student))
+    assert [h["loss"] for h in whole.history] == [h["loss"] for h in again.history]
+
+
+def test_a_run_is_not_continued_with_another_T_or_another_teacher(net, video, tmp_path):
+    c = RelearnConfig(**SMALL)
+    relearn(net, video, c, tmp_path)
+    with pytest.raises(ConfigError, match=r"config\.T: 3 then, 4 now"): relearn(net, video, replace(c, T=4), tmp_path)
+    with pytest.raises(ConfigError, match="config.teacher"):
+        relearn(create_fewshot(net.config, 9), video, c, tmp_path)
+
+
+def test_a_set_uses_every_video_with_its_own_support(net, monkeypatch):
+    films = [film(6, k) for k in range(3)]
+    videos = [as_video(f, f[k], m[k], S, f"film {k}") for k, (f, m) in enumerate(films)]
+    c, asked = RelearnConfig(**{**SMALL, "clips": 2, "steps": 6}), Counter()
+    own = {id(v.images[0]): k for k, v in enumerate(videos)}
+    look = type(net).support
+    def seen(self, images, masks):
+        k = own[id(images[0])]; asked[k] += 1
+        assert masks[0] is videos[k].masks[0]
+        return look(self, images, masks)
+    monkeypatch.setattr(type(net), "support", seen)
+    relearn(net, videos, c)
+    assert set(asked) == {0, 1, 2}
+
+
+def test_mixed_batches_equal_single_ones(net):
+    films = [film(6, k) for k in range(2)]
+    videos = [as_video(f, f[k], m[k], S, f"film {k}") for k, (f, m) in enumerate(films)]
+    c = RelearnConfig(T=3, clips=2, scale=.5)
+    student = Student(net, c)
+    x = [v.frames[[1, 2, 3]] for v in videos]
+    both = _relearn_loss(student, net, videos, dict(frames=torch.cat(x), video=torch.tensor([0, 1])))
+    each = [_relearn_loss(student, net, videos, dict(frames=x[k], video=torch.tensor([k]))) for k in (0, 1)]
+    for k in both: assert torch.allclose(both[k], (each[0][k] + each[1][k]) / 2, atol=1e-5), k
+
+
+def test_relearn_faults(net, video):
+    c = RelearnConfig(**SMALL)
+    frames, masks = film(3)
+    single = as_video(frames[:1], frames[0], masks[0], S, "still")
+    with pytest.raises(DataError, match="still.*two or more"[:5]): relearn(net, single, c)
+    with pytest.raises(DataError, match="the model's size"): relearn(net, as_video(frames, frames[0], masks[0], 48), c)
+    with pytest.raises(DataError, match="as_video"): relearn(net, [frames], c)
+    with pytest.raises(DataError, match="one or more"): relearn(net, [], c)
+    two = as_video(frames, frames[:2], masks[:2], S, "two shots")
+    with pytest.raises(DataError, match="annotated frames"): relearn(net, [video, two], c)
+    relearn(net, [two], replace(c, steps=1))                                   # by itself it is fine
+    for bad in (dict(T=1), dict(gap=0), dict(steps=0), dict(clips=0), dict(lr=-1.), dict(clip=0.), dict(head="thawed"),
+                dict(statistics="batch"), dict(losses=dict(temporal=-1.))):
+        with pytest.raises(ConfigError): RelearnConfig(**bad)
+    with pytest.raises(ConfigError, match="tempora"): RelearnConfig(losses=dict(tempora=1.))
+
+
+# --- inference
+
+def test_a_video_shorter_than_T_and_a_still_are_answered(net):
+    frames, masks = film(3)
+    r = relearn(net, as_video(frames, frames[0], masks[0], S), RelearnConfig(**{**SMALL, "T": 5}))
+    for n in (1, 2, 3):
+        out = list(r.segment(as_video(frames[:n], frames[0], masks[0], S)))
+        assert len(out) == n and all(set(m.unique().tolist()) <= {0, 1} for m in out)
+    with pytest.raises(DataError, match="T = 5"): r.student.mix(torch.rand(3, 4, 8, 8))
+
+
+def test_overlap_is_the_mean_of_the_windows(net, video):
+    student = Student(net, RelearnConfig(T=3, scale=1.))
+    support, by_hand = net.support(video.images, video.masks), {k: [] for k in range(8)}
+    with torch.no_grad():
+        for w in windows(8, 3, 2):
+            logits = student(video.frames[w], support)[2]
+            p = nn.functional.interpolate(logits, (S, S), mode="bilinear").softmax(1)[:, 1]
+            for k, q in zip(w, p): by_hand[k].append(q)
+    got = list(student.probabilities(video, 2))
+    for k, p in enumerate(got): assert torch.allclose(p, torch.stack(by_hand[k]).mean(0), atol=1e-6)
+    assert len(by_hand[3]) == 3
+    with pytest.raises(ConfigError, match="overlap"): list(student.probabilities(video, 3))
+    with pytest.raises(ConfigError, match="train mode"): next(student.train().probabilities(video))
+
+
+def test_inference_keeps_a_window_of_maps_only(net):
+    frames, masks = film(30)
+    v, student = as_video(frames, frames[0], masks[0], S), Student(net, RelearnConfig(T=3))
+    read, each = [], type(v.frames).__getitem__
+    class Counting(type(v.frames)):
+        def __getitem__(self, numbers): read.append(len(numbers)); return each(self, numbers)
+    v.frames.__class__ = Counting
+    walk = student.probabilities(v, 0)
+    next(walk)
+    assert read == [3]                                         # one window was read for the first frame
+    assert sum(1 for _ in walk) == 29 and max(read) == 3
+
+
+def test_tau_learns_with_one_clip_and_uses_its_statistics_afterwards(net, video):
+    r = relearn(net, video, RelearnConfig(**SMALL))
+    assert int(r.student.tau.norm1.num_batches_tracked) == 3
+    before = state_of(r.student)
+    list(r.segment(video))
+    assert same(before, state_of(r.student))
+
+
+# --- files
+
+def test_saved_and_read_again(net, video, tmp_path):
+    r = relearn(net, video, RelearnConfig(**SMALL, losses=ConsistencyConfig(temporal=2.)))
+    path = r.save(tmp_path / "s.safetensors", dict(note="x"))
+    back = load_relearned(path)
+    assert back.student.config == r.student.config and back.steps == 3 and back.history == []
+    assert all(torch.equal(a, b) for a, b in zip(r.segment(video), back.segment(video)))
+    assert load_relearned(path, T=3).student.config.T == 3
+    with pytest.raises(CheckpointError, match=r"T = 3 frames\n.*T = 5"): load_relearned(path, T=5)
+
+
+def test_a_checkpoint_of_another_T_is_refused_in_words(net, video, tmp_path):
+    three, five = Student(net, RelearnConfig(T=3)), Student(net, RelearnConfig(T=5))
+    with pytest.raises(CheckpointError, match=r"T = 3 frames \(12 channels\)\n.*T = 5 frames"): five.load_state_dict(three.state_dict())
+    none = Student(net, RelearnConfig(T=3, tau=False))
+    with pytest.raises(CheckpointError, match="no TAU block"): three.load_state_dict(none.state_dict())
+    five.load_state_dict(Student(net, RelearnConfig(T=5), seed=1).state_dict())
+    r = relearn(net, video, RelearnConfig(**SMALL))            # a header that lies
+    path = r.save(tmp_path / "s.safetensors")
+    from timet_nb.features.weights import load_header
+    notes = load_header(path); notes["config"]["T"] = 4
+    save_state(tmp_path / "lies.safetensors", load_state(path), notes)
+    with pytest.raises(CheckpointError, match="T = 3 frames"): load_relearned(tmp_path / "lies.safetensors")
+
+
+def test_other_files_are_refused(net, tmp_path):
+    path = net.save(tmp_path / "images.safetensors")
+    with pytest.raises(CheckpointError, match="Relearned.save"): load_relearned(path)
+    with pytest.raises(CheckpointError): load_relearned(tmp_path / "none.safetensors")
+
+
+# --- folders to masks
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    "Two videos in DAVIS layout, an image model, and a reference in two files."
+    root = tmp_path_factory.mktemp("world")
+    write_ultrasound(root / "videos", UltrasoundWorld("heart", 64, frames=4), 2)
+    create_fewshot(FewShotConfig.test()).save(root / "model.safetensors")
+    clip = render_ultrasound(UltrasoundWorld("heart", 64, frames=1), 7)
+    write_image(root / "frame.png", clip.frames[0]); write_mask(root / "mask.png", 2 * clip.masks[0])   # id 2: still the object
+    return root
+
+
+def test_steadiness_by_hand_and_that_it_is_no_score():
+    a, b = torch.tensor([[1, 1, 0, 0]]), torch.tensor([[0, 1, 0, 0]])
+    assert steadiness([a, b, 0 * a, 0 * a]) == [2 / 3, 0, 1.] and steadiness([a]) == []
+    assert steadiness([a] * 5) == [1.] * 4                     # a constant mask is perfectly steady
+    wide = torch.tensor([[1] * 4 + [0] * 4] * 2)
+    assert steadiness([a, wide]) == [1.]                       # another size: brought to it
+
+
+def test_masks_are_written_and_judged(tmp_path):
+    _, masks = film(4)
+    truth = {k: lambda k=k: masks[k] for k in (0, 2, 3)}
+    steady, known, n = write_masks((m for m in masks), tmp_path / "a", truth)
+    assert (n, len(steady), known.n, known.dice) == (4, 3, 2, 1.)      # frame 0 is the support
+    assert torch.equal(read_mask(tmp_path / "a" / "00002.png"), masks[2])
+    assert write_masks((m for m in masks), tmp_path / "b", truth, 0)[1].n == 3
+    steady, known, n = write_masks((m for m in masks), tmp_path / "c", {})
+    assert known is None and n == 4
+
+
+def test_per_video_and_per_set(world, tmp_path):
+    rows = run(None, world / "videos", out=tmp_path / "each", model=world / "model.safetensors", budget="smoke", steps=1)
+    assert [r.frames for r in rows] == [4, 4] and all(isinstance(r, Row) for r in rows)
+    assert all(0 <= r.dice_after <= 1 and 0 <= r.steady_after <= 1 for r in rows)
+    for r in rows:
+        for kind in ("before", "masks"): assert len(list((tmp_path / "each" / kind / r.video).glob("*.png"))) == 4
+    assert [r["video"] for r in json.loads((tmp_path / "each" / "answers.json").read_text())] == [r.video for r in rows]
+    run(None, world / "videos", out=tmp_path / "set", model=world / "model.safetensors", per="set", budget="smoke", steps=1)
+    students = lambda d: sorted(p.parent.name for p in (tmp_path / d).rglob("student.safetensors"))
+    assert students("set") == ["set"] and students("each") == sorted(r.video for r in rows)
+
+
+def test_a_video_without_masks_needs_a_support(world, tmp_path):
+    root = tmp_path / "plain"
+    for k, f in enumerate(film(4, size=64)[0]): write_image(root / f"{k:05d}.png", f)
+    model = world / "model.safetensors"
+    with pytest.raises(DataError, match="--support"): run(None, root, out=tmp_path / "o", model=model)
+    assert not (tmp_path / "o").exists()                       # refused before anything is written
+    row, = run(None, root, [(world / "frame.png", world / "mask.png")], tmp_path / "o", model, budget="smoke", steps=1)
+    assert row.dice_before is None and row.dice_after is None and row.frames == 4
+
+
+def test_run_faults(world, tmp_path):
+    model, videos = world / "model.safetensors", world / "videos"
+    film_file = tmp_path / "film"
+    for k, f in enumerate(film(3, size=64)[0]): write_image(film_file / f"{k}.png", f)
+    (tmp_path / "full").mkdir(); (tmp_path / "full" / "x").write_text("x")
+    with pytest.raises(DataError, match="not empty"): run(None, videos, out=tmp_path / "full", model=model)
+    with pytest.raises(DataError, match="inside the data"): run(None, videos, out=videos / "new", model=model)
+    with pytest.raises(DataError, match="inside the data"): run(world, film_file, [(world / "frame.png", world / "mask.png")], world / "new", model)
+    with pytest.raises(ConfigError, match="per: got 'frame'"): run(None, videos, out=tmp_path / "o", model=model, per="frame")
+    with pytest.raises(ConfigError, match="budget: got 'huge'"): run(None, videos, out=tmp_path / "o", model=model, budget="huge")
+    with pytest.raises(ConfigError, match="images"): run(None, videos, out=tmp_path / "p")
+    with pytest.raises(DataError): run(None, tmp_path / "no-such", out=tmp_path / "o", model=model)
+    (tmp_path / "text.txt").write_text("no video")
+    with pytest.raises(DataError, match="text.txt"): run(None, tmp_path / "text.txt", out=tmp_path / "o", model=model)
+    (tmp_path / "fake.dcm").write_text("no dicom" * 50)
+    pytest.importorskip("pydicom")
+    with pytest.raises(DataError, match="fake.dcm"):
+        run(None, tmp_path / "fake.dcm", [(world / "frame.png", world / "mask.png")], tmp_path / "o2", model)
+    empty = tmp_path / "empty.png"; write_mask(empty, torch.zeros(64, 64).long())
+    with pytest.raises(DataError, match="no object"): run(None, videos, [(world / "frame.png", empty)], tmp_path / "o3", model)
+
+
+def test_a_target_whose_mask_lies_beyond_its_end():
+    t = Target("short", lambda: iter(film(2)[0]), {5: lambda: torch.ones(S, S).long()})
+    with pytest.raises(DataError, match="frame 5"): with_support(t, S)
+
+
+def test_dicom_is_known_by_its_content_too(tmp_path):
+    pytest.importorskip("pydicom")
+    from timet_nb.data.dicom import echo_path
+    (tmp_path / "IM_0001").write_bytes(echo_path().read_bytes())
+    target, = open_videos(tmp_path / "IM_0001")
+    assert target.name == "IM_0001" and next(iter(target.frames())).shape[0] == 3 and not target.masks
+
+
+def test_image_sets(tmp_path, world):
+    organs, = ([s.group for s in image_sets("ultrasound", 64, 3)],)
+    assert organs == ["breast", "thyroid", "ovary"] and isinstance(image_sets("endoscopy", 64, 3)[0], EndoscopyImages)
+    assert set(GENERATED) == {"ultrasound", "endoscopy"}
+    for organ in ("breast", "ovary"): write_ultrasound(tmp_path / "all" / organ, UltrasoundWorld(organ, 64), 3)
+    sets = image_sets(tmp_path / "all", 32)
+    assert [len(s) for s in sets] == [3, 3] and sets[0][0][0].shape == (3, 32, 32)
+    with pytest.raises(DataError): image_sets(tmp_path / "none", 32)
+    with pytest.raises(DataError, match="a set of 2 videos"): image_sets(world / "videos", 32)
+
+
+def test_an_image_model_is_trained_when_there_is_none(tmp_path):
+    net = open_images("ultrasound", budget="smoke", out=tmp_path)
+    back = open_images(None, tmp_path / "image-model.safetensors")
+    assert same(state_of(net), state_of(back)) and set(BUDGETS) == {"smoke", "cpu", "gpu"}
+    with pytest.raises(ConfigError, match="budget"): open_images("ultrasound", budget="big")
+
+
+def test_folders_of_changing_size_and_stills_are_refused_by_name(world, tmp_path):
+    frames, _ = film(4, size=64)
+    for k in range(4): write_image(tmp_path / "turned" / f"{k}.png", frames[k][:, :64 - 8 * (k // 2)])
+    shown = [(world / "frame.png", world / "mask.png")]
+    with pytest.raises(DataError, match="2.png: got 56 x 64"):
+        run(None, tmp_path / "turned", shown, tmp_path / "a", world / "model.safetensors")
+    with pytest.raises(DataError, match="two or more: neighbours"):
+        run(None, world / "frame.png", shown, tmp_path / "b", world / "model.safetensors")
