@@ -17,7 +17,7 @@ from timet_nb.data.decode_masks import read_mask, write_mask
 from timet_nb.data.endoscopy import EndoscopyImages
 from timet_nb.data.ultrasound import UltrasoundWorld, render_ultrasound, write_ultrasound
 from timet_nb.features.weights import load_state, save_state
-from timet_nb.relearn.apply import (BUDGETS, GENERATED, Row, Target, image_sets, open_images, open_videos, run, steadiness,
+from timet_nb.relearn.apply import (BUDGETS, GENERATED, Row, Target, first_shown, image_sets, open_images, open_videos, run, steadiness,
                                     with_support, write_masks)
 from timet_nb.relearn.fewshot import FewShotConfig, create_fewshot
 from timet_nb.relearn.frames import Clips, FrameStore, as_video, bounce, draw_clip, windows
@@ -477,3 +477,26 @@ def test_folders_of_changing_size_and_stills_are_refused_by_name(world, tmp_path
         run(None, tmp_path / "turned", shown, tmp_path / "a", world / "model.safetensors")
     with pytest.raises(DataError, match="two or more: neighbours"):
         run(None, world / "frame.png", shown, tmp_path / "b", world / "model.safetensors")
+
+
+def test_a_film_may_begin_without_the_object(tmp_path):
+    "The support is the first frame that shows something; only it is left out of the score, and a film that never shows anything is named."
+    frames, masks = film(6)
+    masks[0] = 0
+    polyp = Target("late", lambda: iter(frames), {i: (lambda i=i: masks[i]) for i in range(6)})
+    assert first_shown(polyp) == 1 and torch.equal(with_support(polyp, S).images[0], frames[1])
+    nothing = Target("never", lambda: iter(frames), {0: lambda: masks[0]})
+    with pytest.raises(DataError, match="(?s)never.*no object in any of 1 masks.*--support"): with_support(nothing, S)
+    for i, (x, m) in enumerate(zip(frames, masks)):
+        write_image(tmp_path / "film" / "JPEGImages" / "480p" / "late" / f"{i:05d}.jpg", x)
+        write_mask(tmp_path / "film" / "Annotations" / "480p" / "late" / f"{i:05d}.png", m)
+    images = write_ultrasound(tmp_path / "images", UltrasoundWorld("breast", S, seed=1), 4)
+    row, = run(images, tmp_path / "film", out=tmp_path / "out", budget="smoke", steps=1)
+    assert row.frames == 6 and row.dice_before is not None
+
+
+def test_two_films_of_one_name_are_refused(monkeypatch, tmp_path):
+    frames, masks = film(3)
+    twin = Target("a", lambda: iter(frames), {0: lambda: masks[0]})
+    monkeypatch.setattr("timet_nb.relearn.apply.open_videos", lambda source: [twin, twin])
+    with pytest.raises(DataError, match="several are called 'a'"): run("ultrasound", tmp_path, out=tmp_path.parent / "new", budget="smoke")

@@ -232,14 +232,14 @@ def sector_box(
     top, left = int(rows[0]), int(cols[0])
     return top, left, int(rows[-1]) - top + 1, int(cols[-1]) - left + 1
 
-# %% ../../nbs/1_data/11_dicom.ipynb #a86a5ccf
+# %% ../../nbs/1_data/11_dicom.ipynb #16f72b1a
 @patch
 def crop(
     self: Cine,
     sector: Tensor | None = None,     # (H, W) bool; None: `find_sector` finds it
     size: int | tuple | None = None,  # short side, (H, W), or None to keep
     blank: bool = True,               # black outside of the sector: no text stays
-) -> Cine:
+) -> Cine:                            # the part around the sector, and one note more
     "Cut a film to its sector."
     if sector is None: sector = find_sector(self.frames)
     top, left, h, w = sector_box(sector)

@@ -82,8 +82,11 @@ def _places(root, depth=3, name=()):
     elif depth:
         for d in list_folder(root).dirs: yield from _places(root / d, depth - 1, (*name, d))
 
-# %% ../../nbs/1_data/13_medical.ipynb #37b27f3d
-def _last(path): return (re.findall(r"\d+", path.stem) or [""])[-1].lstrip("0")
+# %% ../../nbs/1_data/13_medical.ipynb #24b10b5d
+def _last(path):
+    "The last number of a name, without zeros in front; a name without numbers is its own."
+    found = re.findall(r"\d+", path.stem)
+    return (found[-1].lstrip("0") or "0") if found else path.stem
 
 def _belongs(frames, masks):
     "{mask: frame or None}: the same stem; else the same last number, where that is unique."

@@ -129,11 +129,13 @@ def read_polygons(
             else: found.setdefault(int(number), []).append(points)
     return found
 
-# %% ../../nbs/1_data/13_medical_read.ipynb #5f8af31e
+# %% ../../nbs/1_data/13_medical_read.ipynb #febde52e
 def _drawn(path, pair, shape, notes):
     "The mask of an .xml file: the polygons of this image, every one of them filled."
-    number = int(re.search(r"(\d+)$", pair.image.stem)[1])
-    polygons = read_polygons(path, notes).get(number, [])
+    number = re.search(r"(\d+)$", pair.image.stem)
+    if not number: raise fault(pair.image, "a name without a number at its end",
+                               "<case>_<number of the image>, to find its outlines")
+    polygons = read_polygons(path, notes).get(int(number[1]), [])
     return draw_polygons([(1, [p]) for p in polygons], shape)
 
 def _classes(path, ids):

@@ -1,4 +1,4 @@
-"""Breast, ovary, thyroid twice, larynx: which image belongs to which masks, in which part, of which patient, and what is left over. Nothing is opened, written, or dropped in silence.
+"""Breast, ovary, thyroid twice, larynx: which image belongs to which masks, in which part, of which patient. No picture is opened, nothing is written, and what stays alone is named.
 
 Docs: https://timet-nb.github.io/timet_nb/1_data/medical_sets.html.md"""
 
@@ -147,7 +147,7 @@ def note(
     "Add names to a note."
     if names: details[text] = (*details.get(text, ()), *names)
 
-# %% ../../nbs/1_data/13_medical_sets.ipynb #70fca3cd
+# %% ../../nbs/1_data/13_medical_sets.ipynb #9d3a9db7
 def match(
     images: list[Path],              # pictures
     masks: list[tuple[Path, str]],   # mask files with the stem of the image that each is of
@@ -156,6 +156,8 @@ def match(
 ) -> dict[str, tuple[Path, tuple[Path, ...]]]:   # stem -> (image, its masks)
     "Match images with masks by stem; whatever is alone is noted by name."
     mine, own = {stem_of(p.name): p for p in images}, {}
+    note(details, "more images of the same stem, not used",
+         *(where + p.name for p in images if mine[stem_of(p.name)] != p))
     for path, stem in masks: own.setdefault(stem, []).append(path)
     note(details, "images without a mask, left out",
          *(where + mine[s].name for s in mine if s not in own))

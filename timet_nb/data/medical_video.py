@@ -29,14 +29,17 @@ from .decode import (
 from .decode_video import VideoReader
 from .medical_read import HALF, cut_levels, mask_levels, same_size
 
-# %% ../../nbs/1_data/13_medical_video.ipynb #47f47f5d
+# %% ../../nbs/1_data/13_medical_video.ipynb #1ca7ad90
 def _hdf5(path):
     "{name: array} of a MATLAB 7.3 file; its axes come in reverse."
     try: h5py = need("h5py")
     except ConfigError as e:
         raise fault(path, "a MATLAB 7.3 file, which is HDF5", "version 5, or h5py to read it",
                     "pip install h5py, or save it again in MATLAB with -v7") from e
-    with h5py.File(path) as file: return {k: np.asarray(file[k]).T for k in file}
+    try:
+        with h5py.File(path) as file: return {k: np.asarray(file[k]).T for k in file}
+    except OSError as e:
+        raise fault(path, f"no MATLAB file: {' '.join(str(e).split())}", "version 7.3", COPY) from e
 
 def _is_hdf5(path):
     "Whether a MATLAB file is of version 7.3."
@@ -68,13 +71,14 @@ def _mat(path, stamp):
     a = np.moveaxis(a, 2, 0) if _frames_last(a.shape) else a[None] if a.ndim == 2 else a
     return a > (.5 if a.max() <= 1 else HALF)
 
-# %% ../../nbs/1_data/13_medical_video.ipynb #05108511
+# %% ../../nbs/1_data/13_medical_video.ipynb #f5fd02dd
 def read_mat(
     path: str | Path,   # Mask_<recording>.mat of HMC-QU
 ) -> Tensor:            # (T, h, w) bool, one mask a frame of the cycle
     "Read the masks of one heart cycle from a MATLAB file."
     path = as_path(path, "a MATLAB file")
-    return torch.from_numpy(_mat(path, path.stat().st_mtime_ns if path.is_file() else 0))
+    kept = _mat(path, path.stat().st_mtime_ns if path.is_file() else 0)
+    return torch.from_numpy(kept.copy())      # whoever writes into it leaves the kept ones alone
 
 # %% ../../nbs/1_data/13_medical_video.ipynb #db748cfe
 def count_mat(

@@ -1,4 +1,4 @@
-"""Thirty frames of a real echocardiogram, no masks, one outline drawn by eye: what a model that has only seen generated ultrasound makes of it, and what relearning changes. Not clinical.
+"""Thirty frames of a real echocardiogram, no masks, one outline drawn by eye: what a model makes of it whose only ultrasound was generated, and what relearning changes. Not clinical.
 
 Docs: https://timet-nb.github.io/timet_nb/8_relearn/echo.html.md"""
 
@@ -16,14 +16,14 @@ from ..data.dicom import echo_clip
 from ..data.frames import resize_mask
 from .relearn import Video, as_video
 
-# %% ../../nbs/8_relearn/83_echo.ipynb #0274ff19
+# %% ../../nbs/8_relearn/83_echo.ipynb #898c6a54
 ECHO_OUTLINE = ((120, 70), (128, 60), (140, 57), (152, 58), (160, 66), (165, 80), (167, 98), (165, 112),
                 (150, 112), (138, 112), (122, 112), (118, 100), (117, 85))   # (x, y) pixels of frame 0
 
 def echo_outline(
     height: int,    # of the picture, pixels
     width: int,     # of the picture, pixels
-) -> Tensor:        # (H, W) int64: 1 inside our outline of the left ventricle, illustrative
+) -> Tensor:        # (H, W) int64: 1 inside our outline of one chamber, illustrative
     "Draw the outline of the first frame, by eye, by no physician; at the film's own size it fits."
     own = draw_polygons([(1, [list(ECHO_OUTLINE)])], (185, 259))
     return resize_mask(own, (height, width))

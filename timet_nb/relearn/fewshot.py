@@ -30,10 +30,10 @@ from .prior import (HOWS, MASKINGS, enlarge, masked_features, masked_images,
                                     pseudo_mask)
 from .pyramid import Pyramid, create_pyramid
 
-# %% ../../nbs/8_relearn/82_fewshot.ipynb #a77870c2
+# %% ../../nbs/8_relearn/82_fewshot.ipynb #015d697c
 @dataclass(frozen=True)
 class FewShotConfig:
-    "Sizes and readings of the image model; the paper states none of the numbers."
+    "Sizes and readings of the image model; no number is stated in what we could read of the paper."
     backbone: str = "efficientnet-lite0-imagenet"   # of `create_backbone`
     strides: tuple[int, ...] = (4, 8, 16)   # levels, fine to coarse; the last one compares
     size: int = 128              # pictures are brought to (size, size)
@@ -52,13 +52,13 @@ class FewShotConfig:
         if min(self.size, self.width, self.layers) < 1: raise ConfigError(explain(
             "size, width, layers", (self.size, self.width, self.layers), "1 or more"))
 
-# %% ../../nbs/8_relearn/82_fewshot.ipynb #6dfa8a67
+# %% ../../nbs/8_relearn/82_fewshot.ipynb #c9e8c385
 @patch(cls_method=True)
 def paper(
     cls: FewShotConfig,
     **changes,        # of the settings
 ) -> FewShotConfig:   # 256 pixels, twice the width
-    "The size of the released data classes; the paper names no backbone, ResNet-50 is a guess."
+    "The size of the released data classes; the paper's backbone is unknown, ResNet-50 is a guess."
     return cls(**(dict(backbone="resnet50", size=256, width=64) | changes))
 
 @patch(cls_method=True)
@@ -201,7 +201,7 @@ def fuse(
         fused.append(mix(torch.cat([enlarge(where, q.shape[2:]), q, shown], 1)))
     return self.neck(fused)[0]
 
-# %% ../../nbs/8_relearn/82_fewshot.ipynb #28210030
+# %% ../../nbs/8_relearn/82_fewshot.ipynb #82007c51
 @patch
 def forward(
     self: FewShotNet,
@@ -217,7 +217,7 @@ def forward(
 def predict(
     self: FewShotNet,
     queries: Tensor,      # (B, 3, H, W) float RGB in [0, 1], any size
-    support: Support,     # of batch 1
+    support: Support,     # of batch 1 or B
 ) -> Tensor:              # (B, H, W) probability of the object
     "How sure the model is of the object, pixel by pixel."
     expect(queries, "B 3 H W", "queries", "float")
@@ -280,7 +280,7 @@ def load_fewshot(
               str(path))
     return net.eval().to(device)
 
-# %% ../../nbs/8_relearn/82_fewshot.ipynb #ce37f0c4
+# %% ../../nbs/8_relearn/82_fewshot.ipynb #5043e23b
 class FewShotSegmenter(InContextSegmenter):
     "The image model behind the interface of all in-context methods."
     method = "stcr"
@@ -293,7 +293,7 @@ class FewShotSegmenter(InContextSegmenter):
     def fingerprint(self) -> str:   # hex digits; equal: prompts can be exchanged
         "Tell which weights make the prompts."
         c, weights = self.net.config, fingerprint(self.net.state_dict())
-        return hashlib.sha256(f"{weights} {c.size} {c.how}".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"{weights} {c.size} {c.how} {c.masking}".encode()).hexdigest()[:32]
 
 # %% ../../nbs/8_relearn/82_fewshot.ipynb #3b8537ce
 @patch

@@ -31,10 +31,10 @@ from .fewshot import (SHIPPED_IMAGES, FewShotConfig, FewShotNet, create_fewshot,
                                       square_images, square_masks)
 from .prior import HOWS, MASKINGS
 
-# %% ../../nbs/8_relearn/82_image_phase.ipynb #17d7933f
+# %% ../../nbs/8_relearn/82_image_phase.ipynb #f97b7e94
 @dataclass(frozen=True)
 class ImagePhaseConfig:
-    "How the image model is trained; nothing of this is in the paper."
+    "How the image model is trained; none of it is in what we could read of the paper."
     steps: int = 300           # optimiser steps
     batch: int = 4             # episodes a step
     shots: int = 1             # annotated pictures an episode; the released data classes show 1

@@ -33,10 +33,10 @@ from .tau import TauBlock
 # %% ../../nbs/8_relearn/83_relearn.ipynb #483546d8
 _all_ = ["Clips", "Video", "as_video"]
 
-# %% ../../nbs/8_relearn/83_relearn.ipynb #2dcb9239
+# %% ../../nbs/8_relearn/83_relearn.ipynb #5a943ebb
 @dataclass(frozen=True)
 class RelearnConfig:
-    "How to relearn. The paper states none of these numbers; each has our reason."
+    "How to relearn. We found none of these numbers in print; each has our reason."
     T: int = 5                # frames of a clip: baked into the TAU block; short, and with a middle
     gap: int = 1              # frames from one of a clip to the next; 1: "consecutive"
     steps: int = 60           # optimiser steps
@@ -133,7 +133,7 @@ def _relearn_loss(student, teacher, videos, batch):
     each = [consistency(c.losses, *clip) for clip in zip(*parts)]
     return {k: sum(e[k] for e in each) / len(each) for k in each[0]}
 
-# %% ../../nbs/8_relearn/83_relearn.ipynb #3d49f94a
+# %% ../../nbs/8_relearn/83_relearn.ipynb #dae14a60
 def _check_videos(videos, net):
     "Refuse videos that were stored for another size, or whose supports cannot lie side by side."
     for v in videos:
@@ -141,8 +141,8 @@ def _check_videos(videos, net):
             "videos", type(v).__name__, "a Video, or several", "as_video(...) makes one"))
         if v.frames.size != net.config.size: raise DataError(explain(
             v.frames.name, f"stored at {v.frames.size}", f"{net.config.size}, the model's size"))
-    shots = {v.frames.name: len(v.images) for v in videos}
-    if len(set(shots.values())) > 1: raise DataError(explain(
+    shots = [(v.frames.name, len(v.images)) for v in videos]      # names may occur twice
+    if len({n for _, n in shots}) > 1: raise DataError(explain(
         "annotated frames", shots, "as many for every video of a set", "relearn on each by itself"))
 
 # %% ../../nbs/8_relearn/83_relearn.ipynb #2305e4c8
