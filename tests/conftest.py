@@ -13,6 +13,8 @@ settings.register_profile("fixed", derandomize=True)
 settings.register_profile("search")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 ROOT = Path(__file__).resolve().parent.parent
+# for measured memory: a freed buffer goes back to the system at once, so that the peak is what was held and not the heap's holes
+STEADY_MALLOC = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
 

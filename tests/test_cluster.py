@@ -1,6 +1,7 @@
 "31_cluster: k-means, maps and scores against brute force, planted regions, and every bad input."
 import itertools
 import math
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, STEADY_MALLOC
 from timet_nb.base.runtime import ConfigError, DataError
 from timet_nb.data.classes import ClassSet, Item, class_set
 from timet_nb.data.frames import read_image, voc_palette, write_image, write_mask
@@ -383,27 +384,27 @@ base = list(find_layout(shipped_clips()))[:2]
 def clips(times): return [Clip(f"{c.name}-{i}", c.frames, c.masks) for i in range(times) for c in base]
 resident = lambda: psutil.Process().memory_info().rss / 2**20
 def peak(times, mode):
-    before, top, done = resident(), [0.], threading.Event()
+    top, done = [0.], threading.Event()
     def look():
         while not done.wait(.002): top[0] = max(top[0], resident())
     eye = threading.Thread(target=look); eye.start()
     r = evaluate_clustering(Colours(), clips(times), k=10, mode=mode, how="precision", size=64, map_size=448, keep=int(sys.argv[1]), pca=6)
     done.set(); eye.join()
-    return top[0] - before
+    return top[0]
 peak(1, "clip")
 for mode in ("clip", "dataset"): print(*[peak(n, mode) for n in (1, 2, 4)])
 '''
 
 
 def peaks(keep):
-    done = subprocess.run([sys.executable, "-c", PEAK, str(keep)], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", PEAK, str(keep)], capture_output=True, text=True, cwd=ROOT, env=os.environ | STEADY_MALLOC)
     assert done.returncode == 0, done.stderr[-2000:]
     return [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
 
 
 def test_memory_does_not_grow_with_the_clips():
     "8 clips of 4 maps of 448 x 448 are 51 MB of labels, as much of masks, and 154 MB of features for every pixel: none is held."
-    for one, two, four in peaks(keep=0): assert four < max(one, 15) + 40, (one, two, four)
+    for one, two, four in peaks(keep=0): assert max(two, four) < one + 15, (one, two, four)
 
 
 # ---- class ids, and every bad input ----

@@ -1,5 +1,6 @@
 "35_fastjf, 35_judge, 35_ytvos: result folders - the quick path equals the plain one, processes, files as they come, YouTube-VOS."
 import json
+import os
 import subprocess
 import sys
 import zlib
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from tests.conftest import STEADY_MALLOC
 from timet_nb.base.runtime import DataError
 from timet_nb.data.frames import read_mask, write_image, write_mask
 from timet_nb.evaluate.boundary import boundary_f, disk, outline, pair_scores, region_j
@@ -294,7 +296,8 @@ def test_memory_of_a_folder_does_not_grow_with_the_clips(tmp_path):
     for s in range(8):
         masks = [torch.zeros(480, 854, dtype=torch.long).index_fill_(0, torch.arange(50 + t, 200), 1) for t in range(6)]
         for w in ("gt", "pred"): write_tracks(masks, tmp_path / w / f"c{s}")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "pred", tmp_path / "gt"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "pred", tmp_path / "gt"], capture_output=True, text=True,
+                          env=os.environ | STEADY_MALLOC)
     assert done.returncode == 0 and float(done.stdout) < 12, done.stdout + done.stderr    # 48 frames x 2 are 39 MB as bytes
 
 
