@@ -217,4 +217,4 @@ def test_relearn_from_folders_to_masks(tmp_path):
     assert "Dice" in said and len(list((tmp_path / "two" / "masks").rglob("*.png"))) == 6
     assert [p for p in before if not p.exists()] == [] and not list(films.rglob("*.safetensors"))
     assert "--support takes a picture and its mask" in timet("relearn", images, folder, "--support", frame, "--out", tmp_path / "three").stderr
-    assert "a folder elsewhere" in timet("relearn", images, films, "--out", films / "four").stderr
+    assert "inside the data" in timet("relearn", images, films, "--out", films / "four").stderr

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from timet_nb.base.runtime import DataError
-from timet_nb.data.dicom import Cine, echo_clip, echo_path, find_sector, iter_dicom, read_dicom, sector_box
+from timet_nb.data.dicom import Cine, echo_clip, echo_path, find_sector, is_dicom, iter_dicom, read_dicom, sector_box
 
 pydicom = pytest.importorskip("pydicom")
 SHIPPED = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -285,3 +285,108 @@ def test_patient_fields_stay_in_the_file():
     ds = pydicom.dcmread(echo_path(), stop_before_pixels=True)
     text = " ".join(read_dicom(echo_path()).notes)
     assert str(ds.PatientName) not in text and ds.PatientID not in text.split()
+
+
+# ---------------------------------------------------------------- headers that do not tell
+def region(**fields):
+    "An ultrasound region of a 16 x 16 screen, in centimetres."
+    from pydicom.dataset import Dataset
+    r = Dataset()
+    r.RegionLocationMinX0 = r.RegionLocationMinY0 = 0
+    r.RegionLocationMaxX1, r.RegionLocationMaxY1 = 15, 15
+    r.PhysicalUnitsXDirection = r.PhysicalUnitsYDirection = 3
+    for k, v in fields.items(): setattr(r, k, v)
+    return r
+
+
+@pytest.mark.parametrize("fields", [{}, dict(PhysicalDeltaX=.02), dict(PhysicalDeltaY=.02), dict(PhysicalDeltaX=0., PhysicalDeltaY=.02),
+                                    dict(PhysicalDeltaX=.02, PhysicalDeltaY=float("nan")), dict(PhysicalDeltaX=.02, PhysicalDeltaY=None)])
+def test_region_without_a_scale_gives_none_and_a_note(tmp_path, fields):
+    film = read_dicom(make(tmp_path / "a.dcm", RAMP, SequenceOfUltrasoundRegions=[region(**fields)]))
+    assert film.pixel_mm is None and any("PhysicalDeltaX and PhysicalDeltaY" in n for n in film.notes)
+    both = [region(**fields), region(PhysicalDeltaX=.02, PhysicalDeltaY=.03)]              # the next region may tell
+    assert read_dicom(make(tmp_path / "b.dcm", RAMP, SequenceOfUltrasoundRegions=both)).pixel_mm == pytest.approx((.3, .2))
+    film = read_dicom(make(tmp_path / "c.dcm", RAMP, SequenceOfUltrasoundRegions=[region(**fields)], PixelSpacing=["1", "2"]))
+    assert film.pixel_mm == (1., 2.) and any("PhysicalDelta" in n for n in film.notes)
+
+
+@pytest.mark.parametrize("fields", [dict(PixelSpacing="1"), dict(PixelSpacing=["0", "1"]), dict(PixelSpacing=["1", "2", "3"]), dict(PixelSpacing=None)])
+def test_spacing_that_is_no_pair_of_sizes(tmp_path, fields):
+    film = read_dicom(make(tmp_path / "a.dcm", RAMP, **fields))
+    assert film.pixel_mm is None and any("size of a pixel" in n for n in film.notes)
+
+
+def spoil(path, **fields):
+    "Set fields of a written file, pydicom's checks off; None deletes."
+    from pydicom import config
+    old, config.settings.writing_validation_mode = config.settings.writing_validation_mode, config.IGNORE
+    try:
+        ds = pydicom.dcmread(path)
+        for k, v in fields.items():
+            if v is None: del ds[k]
+            else: ds[k].value = v
+        ds.save_as(path)
+    finally: config.settings.writing_validation_mode = old
+    return path
+
+
+@pytest.mark.parametrize("fields", [dict(Rows=[8, 8]), dict(Rows=""), dict(Columns=0), dict(BitsStored=None), dict(BitsStored=0), dict(BitsStored=[8, 8])])
+def test_headers_without_a_size_or_depth_are_refused_by_name(tmp_path, fields):
+    for kind, a in (("MONOCHROME2", RAMP), ("RGB", np.zeros((1, 8, 8, 3), np.uint8))):
+        path = spoil(make(tmp_path / f"{kind}.dcm", a, kind), **fields)
+        try: film = read_dicom(path)
+        except DataError as e: assert path.name in str(e)
+        else: assert fields.keys() & {"BitsStored", "Rows"} and torch.isfinite(film.frames).all()      # lists: the first one
+
+
+def test_broken_palette_is_refused_by_name(tmp_path):
+    for name in ("RedPaletteColorLookupTableData", "BluePaletteColorLookupTableData", "RedPaletteColorLookupTableDescriptor"):
+        ds = pydicom.dcmread(SHIPPED / "examples_palette.dcm")
+        del ds[name]
+        ds.save_as(tmp_path / "a.dcm")
+        with pytest.raises(DataError, match="a.dcm"): read_dicom(tmp_path / "a.dcm")
+
+
+@pytest.mark.parametrize("field, text", [("FrameTimeVector", ["0", "2|", "x"]), ("FrameTime", "1e400"), ("WindowCenter", "nan"), ("WindowWidth", "wide")])
+def test_numbers_that_are_none_count_as_absent(tmp_path, field, text):
+    from pydicom import config
+    keep = config.settings.reading_validation_mode, config.settings.writing_validation_mode
+    config.settings.reading_validation_mode = config.settings.writing_validation_mode = config.IGNORE
+    try:
+        good = {"FrameTimeVector": ["0", "20", "20"], "FrameTime": "40", "WindowCenter": "99", "WindowWidth": "99"}[field]
+        path = make(tmp_path / "a.dcm", np.arange(32, dtype=np.uint8).reshape(2, 4, 4), **{field: good})
+        raw = path.read_bytes()
+        old = "\\".join(good) if isinstance(good, list) else good
+        new = "\\".join(text) if isinstance(text, list) else text
+        old, new = old.encode() + b" " * (len(old) % 2), new.encode() + b" " * (len(new) % 2)
+        at = raw.index(b"DS" + len(old).to_bytes(2, "little") + old)
+        path.write_bytes(raw[:at] + b"DS" + len(new).to_bytes(2, "little") + new + raw[at + 4 + len(old):])
+        film = read_dicom(path)
+    finally: config.settings.reading_validation_mode, config.settings.writing_validation_mode = keep
+    assert film.fps is None and torch.isfinite(film.frames).all() and float(film.frames.max()) <= 1
+
+
+def test_header_bytes_flipped_at_random_are_read_or_refused_by_name(tmp_path):
+    "Unknown kinds of values, odd lengths, lists for numbers: pydicom has many errors, we have one."
+    import random
+    dice = random.Random(0)
+    whole = make(tmp_path / "whole.dcm", RAMP, SequenceOfUltrasoundRegions=[region(PhysicalDeltaX=.02, PhysicalDeltaY=.03)], PixelSpacing=["1", "2"],
+                 WindowCenter="100", WindowWidth="101", RescaleSlope="2", RescaleIntercept="-100").read_bytes()
+    read = refused = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(dice.choice((1, 3))): data[dice.randrange(132, len(data) - 256)] = dice.randrange(256)
+        (tmp_path / "x.dcm").write_bytes(bytes(data))
+        try: film = read_dicom(tmp_path / "x.dcm")
+        except DataError as e: refused += 1; assert "x.dcm" in str(e); continue
+        read += 1
+        assert torch.isfinite(film.frames).all() and (film.pixel_mm is None or min(film.pixel_mm) > 0)
+    assert read > 20 and refused > 5
+
+
+def test_is_dicom_by_name_and_by_content(tmp_path):
+    film = tmp_path / "film.dcm"; film.write_bytes(b"x")
+    bare = tmp_path / "film"; bare.write_bytes(bytes(128) + b"DICM")
+    other = tmp_path / "other"; other.write_bytes(b"DICM" + bytes(200))
+    assert is_dicom(film) and is_dicom(str(bare)) and not is_dicom(other)
+    assert not is_dicom(tmp_path) and not is_dicom(tmp_path / "missing.dcm")

@@ -647,3 +647,193 @@ def test_two_data_sets_in_one_folder(busi, tn3k):
 def test_folders_without_a_pair(tmp_path):
     picture(tmp_path / "b" / "benign" / "benign (1).png")
     with pytest.raises(DataError, match="no pair"): find_medical(tmp_path / "b")
+
+
+# ---------------------------------------------------------------- what was damaged on the way
+ODD = {"an object at the top": dict(points=SQUARE), "a number": 3, "null in the list": [None], "a list in the list": [[1, 2]], "a text in the list": ["x"],
+       "no points": [dict(regionType="freehand")], "points are a number": [dict(points=7)], "points are a text": [dict(points="abc")],
+       "points are no pairs": [dict(points=[[1, 2], [3, 4], [5, 6]])], "a corner without y": [dict(points=[dict(x=1)])],
+       "words for numbers": [dict(points=[dict(x="left", y="up")])], "null for a number": [dict(points=[dict(x=None, y=1)])],
+       "infinite": [dict(points=[dict(x=float("inf"), y=1)])], "not a number": [dict(points=[dict(x=float("nan"), y=1)])],
+       "far away": [dict(points=[dict(x=1e12, y=1)])]}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_outlines_of_another_form_are_refused_by_name(tmp_path, what):
+    case(tmp_path / "1.xml", (1, json.dumps(ODD[what])))
+    with pytest.raises(DataError, match="(?s)1.xml.*expected.*(list of regions|corners)"): read_polygons(tmp_path / "1.xml")
+
+
+def test_outlines_of_another_form_do_not_stop_the_set(ddti):
+    "The case is named and its image left out; the others are read."
+    case(ddti / "1.xml", (1, json.dumps(dict(points=SQUARE))))
+    s = find_medical(ddti)
+    assert [p.name for p in s.items] == ["97_1"] and "1.xml" in noted(s, "broken") and "1_1.jpg" in noted(s, "images without a mask")
+
+
+def test_numbers_as_texts_and_cut_off_points(tmp_path):
+    case(tmp_path / "1.xml", (1, json.dumps([dict(points=[{k: str(v) for k, v in p.items()} for p in SQUARE])])))
+    assert read_polygons(tmp_path / "1.xml") == {1: [[(p["x"], p["y"]) for p in SQUARE]]}
+    notes = []
+    case(tmp_path / "2.xml", (1, '[{"points": [{"x": 1 "y"}]}, {"points": ' + json.dumps(SQUARE) + "}, {"))
+    assert len(read_polygons(tmp_path / "2.xml", notes)[1]) == 1 and "1 complete" in notes[0]
+    (tmp_path / "3.xml").write_bytes(b'<?xml version="1.0" encoding="klingon"?><case/>')
+    with pytest.raises(DataError, match="3.xml"): read_polygons(tmp_path / "3.xml")
+    with pytest.raises(DataError, match="name of an XML file"): read_polygons(None)
+    case(tmp_path / "4.xml", ("²", json.dumps([dict(points=SQUARE)])))
+    assert read_polygons(tmp_path / "4.xml") == {}
+
+
+def test_masks_that_are_no_numbers(tmp_path):
+    nan = np.where(BOX > 0, np.nan, 0).astype(np.float32)
+    with pytest.raises(DataError, match="m.tif"): read_pair(pair(tmp_path, nan, name="m.tif"))
+
+
+@pytest.mark.parametrize("a", [np.ones((1, 8, 9)), np.ones((8, 9, 1)), np.ones((8, 9)), np.ones((1, 9, 9)), np.ones((9, 9, 1))])
+def test_a_block_of_one_mask(tmp_path, a):
+    m = read_mat(mat(tmp_path / "a.mat", a))
+    assert m.shape == (1, *(n for n in a.shape if n > 1)) and m.all() and count_mat(tmp_path / "a.mat") == 1
+
+
+@pytest.mark.parametrize("fields", [dict(predicted=np.ones((1, 9))), dict(predicted=np.ones((2, 2, 8, 9))), dict(predicted=np.ones((2, 2, 8, 9)), other=np.ones((3, 8, 9))),
+                                    dict(predicted=np.full((3, 8, 9), np.nan)), dict(predicted=np.ones((3, 8, 9)) * 1j), dict(n=np.ones((1, 1))),
+                                    dict(predicted=np.array([[1, "x"], [2, "y"]], object))])
+def test_blocks_that_are_no_masks(tmp_path, fields):
+    from scipy.io import savemat
+    savemat(tmp_path / "a.mat", fields)
+    with pytest.raises(DataError, match="a.mat"): read_mat(tmp_path / "a.mat")
+
+
+def shown(tmp_path, masks, name="late"):
+    "A film of as many frames as masks."
+    return MedicalVideo(name, tuple(picture(tmp_path / f"{i:03d}.png", i) for i in range(len(masks))),
+                        masks={i: grey(tmp_path / "gt" / f"{i:03d}.png", m * 255) for i, m in enumerate(masks)})
+
+
+def test_support_is_the_first_frame_with_an_object(tmp_path):
+    images, masks = shown(tmp_path, [0 * BOX, 0 * BOX, BOX, BOX]).support(n=2)
+    assert images.shape == (2, 3, H, W) and torch.equal(masks, torch.stack([TRUE, TRUE]))
+    assert torch.equal(images[0], list(shown(tmp_path, [BOX] * 4).frames())[2])
+
+
+def test_support_of_a_film_that_never_shows_the_object(tmp_path):
+    film = shown(tmp_path, [0 * BOX] * 3, "never")
+    with pytest.raises(DataError, match="(?s)never: got 0 of 3 masks with an object.*expected: 1"): film.support()
+    with pytest.raises(DataError, match="late: got 1 of 2"): shown(tmp_path, [0 * BOX, BOX]).support(n=2)
+    with pytest.raises(DataError, match="late: got 0 of 0"): shown(tmp_path, []).support()
+    with pytest.raises(DataError, match="n=0"): shown(tmp_path, [BOX]).support(n=0)
+
+
+def test_support_of_a_frame_that_is_not_there(tmp_path):
+    "A mask behind the end, in a folder and in a file: our error, never StopIteration."
+    m = grey(tmp_path / "gt.png")
+    with pytest.raises(DataError, match="short, frame 5"): MedicalVideo("short", (picture(tmp_path / "0.png"),), masks={5: m}).support()
+    write_video(tmp_path / "v.avi", [torch.zeros(3, H, W)] * 3, 25)
+    with pytest.raises(DataError, match="short|v.avi"): MedicalVideo("short", video=tmp_path / "v.avi", masks={5: m}).support()
+
+
+def test_support_of_frames_of_two_sizes(tmp_path):
+    film = shown(tmp_path, [BOX, BOX], "turned")
+    picture(tmp_path / "001.png", shape=(H, W + 20))
+    with pytest.raises(DataError, match="(?s)turned, frame 1.*size=") : film.support(n=2)
+    assert film.support((16, 16), n=2)[0].shape == (2, 3, 16, 16)
+
+
+def test_a_block_that_became_shorter(tmp_path):
+    v = MedicalVideo("v", (picture(tmp_path / "0.png", shape=(8, 9)),), masks={0: (mat(tmp_path / "a.mat", np.ones((3, 8, 9))), 4)})
+    with pytest.raises(DataError, match="(?s)a.mat.*5 or more"): v.mask(0)
+
+
+def test_table_with_absurd_numbers(tmp_path):
+    (tmp_path / "t.csv").write_text(f"a,{'9' * 400},3,5\nb,{'9' * 5000},7\n")
+    assert read_cycles(tmp_path / "t.csv") == {"a": (2, 5)}
+
+
+# ---------------------------------------------------------------- lists and folders that disagree
+def test_tn3k_with_a_list_of_pictures_that_are_not_there(tn3k):
+    (tn3k / "tn3k-trainval-fold0.json").write_text(json.dumps(dict(train=[0, 1, 2, 3], val=[4, 5, 7, 2999])))
+    with pytest.raises(DataError, match="(?s)tn3k-trainval-fold0.json: got 2 pictures .*0007.jpg, 2999.jpg.*places in the listing") as e: find_medical(tn3k)
+    assert "trainval stays one part" in str(e.value)
+    (tn3k / "tn3k-trainval-fold0.json").write_text(json.dumps(dict(train=[-1], val=[0])))
+    with pytest.raises(DataError, match="1 picture"): find_medical(tn3k)
+
+
+def test_tn3k_whose_names_are_no_places(tn3k):
+    "Names from 1: the list's number 0 is a place, and no name. Guessing would shift every picture."
+    for half in ("image", "mask"): (tn3k / f"trainval-{half}" / "0000.jpg").rename(tn3k / f"trainval-{half}" / "0006.jpg")
+    with pytest.raises(DataError, match="0000.jpg"): find_medical(tn3k)
+
+
+def test_tn3k_pictures_in_no_list_are_counted_and_named(tn3k):
+    (tn3k / "tn3k-trainval-fold0.json").write_text(json.dumps(dict(train=[0, 1], val=[4])))
+    s = find_medical(tn3k)
+    text = noted(s, "in no list")
+    assert ": 3 (0002.jpg, 0003.jpg, 0005.jpg)" in text and "places in the listing" in text
+    assert sorted(p.image.name for p in s.items if p.split == "trainval") == ["0002.jpg", "0003.jpg", "0005.jpg"]
+
+
+def test_tn3k_note_of_a_lost_half_says_how_the_list_is_read(tn3k):
+    (tn3k / "trainval-mask" / "0003.jpg").unlink()
+    text = noted(find_medical(tn3k), "listed, but")
+    assert "0003.jpg" in text and "places in the listing" in text
+
+
+@pytest.mark.parametrize("text", ["null", '{"train": {"0": 1}, "val": [4]}', '{"train": "0123", "val": [4]}', '{"train": [0.5], "val": [4]}', '{"train": [true], "val": [4]}',
+                                  '{"train": [0], "val": [1e999]}', '{"train": [0, 1], "val": [1]}'])
+def test_tn3k_lists_of_another_form(tn3k, text):
+    "A number in both parts would be a leak; the last one used to win."
+    (tn3k / "tn3k-trainval-fold0.json").write_text(text)
+    with pytest.raises(DataError, match="fold0.json"): find_medical(tn3k)
+
+
+def test_mmotu_list_that_is_no_text(mmotu):
+    (mmotu / "OTU_2d" / "train.txt").write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(DataError, match="train.txt"): find_medical(mmotu)
+    (mmotu / "OTU_2d" / "train.txt").write_bytes("\ufeff1\n2\n".encode())          # as a Windows editor writes it
+    assert [p.split for p in find_medical(mmotu).items] == ["train", "train", "val", None]
+
+
+# ---------------------------------------------------------------- folders of other people
+def test_links_that_lead_nowhere_are_refused_when_read(busi):
+    "A data set under git-annex whose content was never fetched: every picture is such a link."
+    for p in sorted((busi / "benign").iterdir()): p.unlink(); p.symlink_to("/no/such/place/" + p.name)
+    s = find_medical(busi)
+    assert len(s.items) == 6
+    with pytest.raises(DataError, match=r"benign \(1\).png"): read_pair(s.items[0])
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_no_picture(busi):
+    import os
+    os.mkfifo(busi / "benign" / "benign (3).png")
+    assert len(find_medical(busi).items) == 6
+
+
+def test_folders_that_cannot_be_read_are_named(busi, monkeypatch):
+    "The class folder of somebody else: without the error, a third of the set would be gone in silence."
+    import os
+    real = os.scandir
+    def shut(path):
+        if str(path).endswith("malignant"): raise PermissionError(13, "Permission denied")
+        return real(path)
+    monkeypatch.setattr(os, "scandir", shut)
+    with pytest.raises(DataError, match="malignant: got Permission denied"): find_medical(busi)
+    with pytest.raises(DataError, match="malignant: got Permission denied"): find_medical(busi / "malignant")
+
+
+def test_names_in_other_writings_and_cases(tmp_path):
+    import unicodedata
+    root = tmp_path / "BUSI é"
+    for i, name in enumerate(("café (1)", "ÜBER (2)", "图像 (3)")):
+        picture(root / "Benign" / f"{unicodedata.normalize('NFD', name)}.PNG", i)
+        grey(root / "Benign" / f"{unicodedata.normalize('NFC', name)}_MASK.PNG")
+    s = find_medical(root)
+    assert s.kind == "busi" and len(s.items) == 3 and all(torch.equal(read_pair(p)[1], TRUE) for p in s.items)
+
+
+def test_read_only_folder_is_read(busi):
+    import os
+    for p in (busi / "benign", busi): os.chmod(p, 0o555)
+    try: assert len(list(find_medical(busi).images(16))) == 6
+    finally:
+        for p in (busi, busi / "benign"): os.chmod(p, 0o755)

@@ -1,5 +1,6 @@
 "Can the features choose: layers, controls, look-alikes."
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -101,6 +102,30 @@ def test_twins_of_a_perfect_method():
     scenes = [s for s in render_textures(texture_world(photos=False), 20, 4) if s.twins][:4]
     r = K.evaluate_twins(Finder(scenes), scenes)
     assert (r.choice, r.iou, r.iou_twin, r.recall, r.recall_twin, r.other) == (1, 1, 0, 1, 1, 0) and r.cases == 8
+
+
+def test_a_twin_out_of_view_is_no_case():
+    "Nobody can be mistaken for one who is not there: such a pair changes no mean, and is counted."
+    scenes = [s for s in render_textures(texture_world(photos=False), 20, 4) if len(s.twins) == 1][:3]
+    finder = Finder(scenes)
+    alone, (i, j) = K.evaluate_twins(finder, scenes[1:]), scenes[0].twins[0]
+    for view, k in (("ids2", j), ("ids2", i), ("ids", j)):
+        ids = getattr(scenes[0], view)
+        gone = replace(scenes[0], **{view: torch.where(ids == k, 0, ids)})
+        r = K.evaluate_twins(finder, [gone, *scenes[1:]])
+        assert r == replace(alone, unseen=1) and r.cases == 4, (view, k)
+        with pytest.raises(DataError, match="1 out of view"): K.evaluate_twins(finder, [gone])
+
+
+def test_marking_nothing_has_an_overlap_of_zero():
+    "Both are in view, so an empty answer is 0 of the marked one, and 0 of the twin; never 0 / 0."
+    class Silent(Finder):
+        def answer(self, image, prompt):
+            none = torch.zeros(1, *image.shape[1:])
+            return Answer(prompt.names, none, decide(none), identity=none)
+    scenes = [s for s in render_textures(texture_world(photos=False), 20, 4) if s.twins][:2]
+    r = K.evaluate_twins(Silent(scenes), scenes)
+    assert (r.choice, r.iou, r.iou_twin, r.recall, r.recall_twin, r.unseen) == (0, 0, 0, 0, 0, 0)
 
 
 def test_no_twins():

@@ -14,7 +14,8 @@ from timet_nb.data.digits import DigitWorld, MovingDigits, digit_images, path, r
 from timet_nb.relearn import layouts
 from timet_nb.relearn.predict import (OneCycle, PredictTrainConfig, copy_last, evaluate_predictor, predict, read_frames, run, train_predictor,
                                       windows)
-from timet_nb.relearn.release import create_simvp, save_simvp
+from timet_nb.relearn.divergence import diff_divergence, prediction_loss
+from timet_nb.relearn.release import PRESETS, count_weights, create_simvp, load_simvp, save_simvp
 from timet_nb.relearn.simvp import SimvpConfig
 
 pytest.importorskip("sklearn")
@@ -198,11 +199,11 @@ def test_run_trains_scores_and_writes(tmp_path):
 def test_run_with_weights_and_beyond_the_end(tmp_path):
     save_simvp(create_simvp(TINY), tmp_path / "m.safetensors")
     np.save(tmp_path / "c.npy", np.random.default_rng(0).random((6, 16, 16)).astype(np.float32))
-    call = lambda **k: run(str(tmp_path / "c.npy"), str(tmp_path / "m.safetensors"), str(tmp_path / "o"), device="cpu", **k)
-    assert call(frames=9, ahead=True) == {"c": {}} and len(list((tmp_path / "o" / "c").glob("*.png"))) == 9
-    assert set(call(frames=2)["c"]) == {"model", "copy"}
-    with pytest.raises(DataError, match="8 or more"): call()
-    with pytest.raises(CheckpointError): run(str(tmp_path / "c.npy"), str(tmp_path / "c.npy"))
+    call = lambda o, **k: run(str(tmp_path / "c.npy"), str(tmp_path / "m.safetensors"), str(tmp_path / o), device="cpu", **k)
+    assert call("o", frames=9, ahead=True) == {"c": {}} and len(list((tmp_path / "o" / "c").glob("*.png"))) == 9
+    assert set(call("p", frames=2)["c"]) == {"model", "copy"}
+    with pytest.raises(DataError, match="8 or more"): call("q")
+    with pytest.raises(CheckpointError): run(str(tmp_path / "c.npy"), str(tmp_path / "c.npy"), str(tmp_path / "q"))
 
 
 def test_a_one_frame_video_and_a_still_clip(tmp_path):
@@ -233,3 +234,125 @@ def test_a_long_clip_is_read_from_its_end_and_the_rest_is_noted(tmp_path):
     whole, none = read_frames(tmp_path / "in", rgb, (16, 16))
     last, notes = read_frames(tmp_path / "in", rgb, (16, 16), most=4)
     assert torch.equal(last["a"], whole["a"][-4:]) and notes == ["a: the last 4 of 9 frames were used"] and none == []
+
+
+def test_a_folder_with_answers_is_not_written_again(tmp_path):
+    run("digits", out=str(tmp_path / "o"), frames=3, steps=1, device="cpu")
+    for call in (dict(frames=2), dict(weights=str(tmp_path / "o" / "model.safetensors"))):
+        with pytest.raises(DataError, match="not empty"): run("digits", out=str(tmp_path / "o"), steps=1, device="cpu", **call)
+    assert len(list((tmp_path / "o" / "digits-0").glob("*.png"))) == 3
+    clip_folder(tmp_path / "in")
+    with pytest.raises(DataError, match="inside the data"): run(str(tmp_path / "in"), out=str(tmp_path / "in" / "o"), device="cpu")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="a file"): run("digits", out=str(tmp_path / "file"), device="cpu")
+    (tmp_path / "empty").mkdir(); run("digits", out=str(tmp_path / "empty"), steps=1, device="cpu")
+
+
+@pytest.mark.parametrize("source", ["digits", "clips"])
+def test_the_trained_model_is_kept_and_answers_alike(tmp_path, capsys, source):
+    clip_folder(tmp_path / "clips", "a", 14, 48); clip_folder(tmp_path / "clips", "b", 12, 48)
+    source, size = (source, "") if source == "digits" else (str(tmp_path / "clips"), "32")
+    rows = run(source, out=str(tmp_path / "o"), size=size, steps=3, device="cpu")
+    said = capsys.readouterr().out
+    for word in ("mse", "mae", "psnr", "ssim", "copy of the last frame", "mean", *rows): assert word in said, word
+    kept = json.loads((tmp_path / "o" / "answers.json").read_text())
+    assert set(kept["mean"]) == {"model", "copy"} and {"mse", "mae", "psnr", "ssim"} <= set(kept["mean"]["model"])
+    assert kept["mean"]["model"]["mse"] == pytest.approx(np.mean([r["model"]["mse"] for r in rows.values()]))
+    assert f"{kept['mean']['copy']['ssim']:.4f}" in said
+    again = run(source, str(tmp_path / "o" / "model.safetensors"), str(tmp_path / "p"), device="cpu")
+    for c in rows: assert again[c] == {w: pytest.approx(m, abs=1e-6) for w, m in rows[c].items()}
+    from timet_nb.features.checkpoints import load_header
+    header = load_header(tmp_path / "o" / "model.safetensors")
+    assert header["steps"] == 3 and header["config"]["size"] == [32, 32]
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (dict(size="foo"), ("--size", "64x96")), (dict(size="0"), ("--size",)), (dict(size="32x"), ("--size",)), (dict(size="-8"), ("--size",)), (dict(size="4"), ("8 or more",)),
+    (dict(frames=-1), ("--frames", "-1")), (dict(steps=0), ("--steps", "--weights")), (dict(steps=-5), ("--steps",))])
+def test_numbers_that_cannot_be_are_told_before_training(tmp_path, wrong, words):
+    with pytest.raises(ConfigError) as e: run("digits", out=str(tmp_path / "o"), device="cpu", **wrong)
+    for w in words: assert w in str(e.value)
+    assert not (tmp_path / "o").exists()
+
+
+def test_arrays_with_values_that_no_frame_has(tmp_path):
+    good = np.random.default_rng(0).random((16, 16, 16))
+    for name, x, word in (("nan", np.where(good > .9, np.nan, good), "finite"), ("loud", 255 * good, "divide by 255"), ("ints", (255 * good).astype(np.int64), "divide by 255"),
+                          ("minus", 2 * good - 1, r"\[0, 1\]"), ("shorts", (60000 * good).astype(np.uint16), r"\[0, 1\]"), ("complex", good + 0j, "dtype")):
+        np.save(tmp_path / f"{name}.npy", x)
+        with pytest.raises(DataError, match=word) as e: run(str(tmp_path / f"{name}.npy"), out=str(tmp_path / "o"), device="cpu")
+        assert f"{name}.npy" in str(e.value) and not (tmp_path / "o").exists()
+    for x in ((255 * good).astype(np.uint8), good > .5, good.astype(">f4"), good.astype(np.float16)):
+        np.save(tmp_path / "ok.npy", x)
+        assert read_frames(tmp_path / "ok.npy", TINY, (16, 16))[0]["ok"].shape == (16, 1, 16, 16)
+
+
+def test_frames_of_several_sizes(tmp_path):
+    clip_folder(tmp_path / "in", "a", 12)
+    write_image(tmp_path / "in" / "a" / "00007.png", torch.rand(3, 30, 20))
+    with pytest.raises(DataError) as e: run(str(tmp_path / "in"), out=str(tmp_path / "o"), steps=1, device="cpu")
+    for word in ("00007.png", "30 x 20", "24 x 24", "--size HxW"): assert word in str(e.value)
+    rows = run(str(tmp_path / "in"), out=str(tmp_path / "o"), size="16", steps=1, device="cpu")
+    assert set(rows["a"]) == {"model", "copy"}
+
+
+def test_a_size_of_ones_own_reads_the_same_frames(tmp_path):
+    clip_folder(tmp_path / "in", "a", 3)
+    rgb = SimvpConfig(4, 3, (16, 16), 4, 16, 2, 2)
+    a, b = (read_frames(tmp_path / "in", rgb, (16, 16), mixed=m)[0]["a"] for m in (False, True))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["film.dcm", "film"])
+def test_dicom_films(tmp_path, name):
+    pytest.importorskip("pydicom")
+    import shutil
+    from timet_nb.data.dicom import echo_path, read_dicom
+    shutil.copy(echo_path(), tmp_path / name)
+    rgb = SimvpConfig(4, 3, (16, 24), 4, 16, 2, 2)
+    film = read_frames(tmp_path / name, rgb, (16, 24))[0]["film"]
+    assert film.shape == (30, 3, 16, 24) and torch.allclose(film, read_dicom(tmp_path / name, (16, 24)).frames, atol=1e-6)
+    rows = run(str(tmp_path / name), out=str(tmp_path / "o"), size="16x24", steps=1, device="cpu")
+    assert set(rows["film"]) == {"model", "copy"}
+
+
+# predictors' files
+def test_tensors_beyond_the_network_are_refused_by_name(tmp_path):
+    state = create_simvp(TINY).state_dict()
+    for name in ("extra.thing", "hid.enc.0.reduction2.weight", "dec.dec.9.conv.weight"):
+        for held in ({**state, name: torch.ones(1)}, {"state_dict": {f"model.{k}": v for k, v in {**state, name: torch.ones(1)}.items()}}):
+            with pytest.raises(CheckpointError, match=name): load_simvp(held)
+    flat = create_simvp(SimvpConfig(4, 1, (16, 16), 4, 16, 2, 2, mlp_ratio=2)).state_dict()      # the stack is as wide as the inside: no reduction
+    flat |= {"hid.enc.0.reduction.weight": torch.zeros(16, 16, 1, 1), "hid.enc.0.reduction.bias": torch.zeros(16)}
+    with pytest.raises(CheckpointError, match="reduction"): load_simvp(flat)
+    save_simvp(create_simvp(TINY), tmp_path / "m.safetensors")
+    harmless = {**state, "enc.enc.0.norm.num_batches_tracked": torch.tensor(3), "total_ops": torch.zeros(1), "hid.total_params": torch.zeros(1)}
+    assert len(load_simvp(harmless).report.unexpected) == 3
+
+
+def test_a_lightning_file_as_openstl_writes_it(tmp_path):
+    from pathlib import Path
+    model = create_simvp(TINY)
+    held = dict(state_dict={f"model.{k}": v for k, v in model.state_dict().items()}, hparams_name="kwargs", epoch=3,
+                hyper_parameters=dict(test_mean=np.zeros((1, 1, 1), np.float32), test_std=np.float64(1.), save_dir=Path("work_dirs/x")),
+                lr_schedulers=[dict(anneal_func=torch.optim.lr_scheduler.OneCycleLR._annealing_cos)])
+    torch.save(held, tmp_path / "best.ckpt")
+    x = torch.rand(1, 4, 1, 16, 16)
+    with torch.no_grad(): assert torch.equal(load_simvp(tmp_path / "best.ckpt")(x), model.eval()(x))
+
+
+def test_names_of_presets_and_of_sizes():
+    with pytest.raises(ConfigError, match="foo"): create_simvp("moving-mnist", foo=3)
+    with pytest.raises(ConfigError, match="did you mean 'frames'"): create_simvp(TINY, frame=3)
+    assert count_weights("taxibj") == count_weights(PRESETS["taxibj"].config) == PRESETS["taxibj"].params
+    for name in ("mnist", None, 3, ["kth"]):
+        for f in (count_weights, create_simvp):
+            with pytest.raises(ConfigError, match="moving-mnist"): f(name)
+
+
+def test_nan_in_a_divergence_is_refused_and_left_to_the_loop_in_training():
+    x, y = torch.rand(2, 1, 4, 1, 5, 5)
+    y[0, 2] = float("nan")
+    with pytest.raises(DataError, match="true: got nan"): diff_divergence(x, y)
+    with pytest.raises(DataError, match="pred: got nan"): diff_divergence(y, x)
+    assert prediction_loss(y, x)["loss"].isnan()                     # `fit` says at which step

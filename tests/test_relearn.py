@@ -1,7 +1,9 @@
 "Relearning: frames in a file, the student and what it may change, seeds, resume, inference of any length, files, faults."
 import itertools
 import json
+import os
 import random
+import signal
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
@@ -22,7 +24,9 @@ from timet_nb.relearn.apply import (BUDGETS, GENERATED, Row, Target, first_shown
 from timet_nb.relearn.fewshot import FewShotConfig, create_fewshot
 from timet_nb.relearn.frames import Clips, FrameStore, as_video, bounce, draw_clip, windows
 from timet_nb.relearn.losses import ConsistencyConfig, consistency
-from timet_nb.relearn.relearn import RelearnConfig, Student, _relearn_loss, load_relearned, relearn, segment_images
+from timet_nb.relearn.relearn import RelearnConfig, Student, _relearn_loss, load_images, load_relearned, relearn, segment_images
+from timet_nb.relearn.report import counted, told, write_tinted
+from timet_nb.relearn.support import read_annotation, read_support
 
 S = 32
 SMALL = dict(T=3, steps=3, clips=1, lr=1e-3, tau_lr=1e-2)
@@ -135,7 +139,7 @@ def test_batches_follow_from_seed_and_number_and_use_all_videos(video):
 def test_support_faults():
     frames, masks = film(3)
     bad = {"no object": (frames[0], 0 * masks[0]), "as its picture": (frames[0], masks[0][1:]),
-           "2 pictures, 1 masks": (frames[:2], masks[:1]), "0 pictures": ([], [])}
+           "2 pictures, 1 mask\\n": (frames[:2], masks[:1]), "0 pictures": ([], [])}
     for words, (x, m) in bad.items():
         with pytest.raises(DataError, match=words): as_video(frames, x, m, S, "film")
     unknown = torch.full_like(masks[0], 255)
@@ -264,6 +268,13 @@ def test_mixed_batches_equal_single_ones(net):
     both = _relearn_loss(student, net, videos, dict(frames=torch.cat(x), video=torch.tensor([0, 1])))
     each = [_relearn_loss(student, net, videos, dict(frames=x[k], video=torch.tensor([k]))) for k in (0, 1)]
     for k in both: assert torch.allclose(both[k], (each[0][k] + each[1][k]) / 2, atol=1e-5), k
+
+
+def test_the_teacher_looks_at_a_support_once_and_the_student_at_every_step(net, video, monkeypatch):
+    asked, plain = [], type(net).support
+    monkeypatch.setattr(type(net), "support", lambda self, *a: asked.append(self.training) or plain(self, *a))
+    relearn(net, video, RelearnConfig(**SMALL | dict(steps=3)))
+    assert asked.count(False) == 1 and asked.count(True) == 3          # the teacher is in eval mode
 
 
 def test_relearn_faults(net, video):
@@ -400,7 +411,7 @@ def test_per_video_and_per_set(world, tmp_path):
     assert all(0 <= r.dice_after <= 1 and 0 <= r.steady_after <= 1 for r in rows)
     for r in rows:
         for kind in ("before", "masks"): assert len(list((tmp_path / "each" / kind / r.video).glob("*.png"))) == 4
-    assert [r["video"] for r in json.loads((tmp_path / "each" / "answers.json").read_text())] == [r.video for r in rows]
+    assert [r["video"] for r in json.loads((tmp_path / "each" / "answers.json").read_text())["videos"]] == [r.video for r in rows]
     run(None, world / "videos", out=tmp_path / "set", model=world / "model.safetensors", per="set", budget="smoke", steps=1)
     students = lambda d: sorted(p.parent.name for p in (tmp_path / d).rglob("student.safetensors"))
     assert students("set") == ["set"] and students("each") == sorted(r.video for r in rows)
@@ -459,7 +470,7 @@ def test_image_sets(tmp_path, world):
     sets = image_sets(tmp_path / "all", 32)
     assert [len(s) for s in sets] == [3, 3] and sets[0][0][0].shape == (3, 32, 32)
     with pytest.raises(DataError): image_sets(tmp_path / "none", 32)
-    with pytest.raises(DataError, match="a set of 2 videos"): image_sets(world / "videos", 32)
+    assert [len(s) for s in image_sets(world / "videos", 32)] == [8]         # two films of four annotated frames
 
 
 def test_an_image_model_is_trained_when_there_is_none(tmp_path):
@@ -486,7 +497,7 @@ def test_a_film_may_begin_without_the_object(tmp_path):
     polyp = Target("late", lambda: iter(frames), {i: (lambda i=i: masks[i]) for i in range(6)})
     assert first_shown(polyp) == 1 and torch.equal(with_support(polyp, S).images[0], frames[1])
     nothing = Target("never", lambda: iter(frames), {0: lambda: masks[0]})
-    with pytest.raises(DataError, match="(?s)never.*no object in any of 1 masks.*--support"): with_support(nothing, S)
+    with pytest.raises(DataError, match="(?s)never.*no object in any of 1 mask\\n.*--support"): with_support(nothing, S)
     for i, (x, m) in enumerate(zip(frames, masks)):
         write_image(tmp_path / "film" / "JPEGImages" / "480p" / "late" / f"{i:05d}.jpg", x)
         write_mask(tmp_path / "film" / "Annotations" / "480p" / "late" / f"{i:05d}.png", m)
@@ -498,5 +509,393 @@ def test_a_film_may_begin_without_the_object(tmp_path):
 def test_two_films_of_one_name_are_refused(monkeypatch, tmp_path):
     frames, masks = film(3)
     twin = Target("a", lambda: iter(frames), {0: lambda: masks[0]})
-    monkeypatch.setattr("timet_nb.relearn.apply.open_videos", lambda source: [twin, twin])
+    monkeypatch.setattr("timet_nb.relearn.apply.open_videos", lambda source, notes: [twin, twin])
     with pytest.raises(DataError, match="several are called 'a'"): run("ultrasound", tmp_path, out=tmp_path.parent / "new", budget="smoke")
+
+
+# --- what fails early leaves nothing behind
+
+def refused(tmp_path, match, error, images, video, support=None, **options):
+    "A run that is refused; its output folder is not there afterwards."
+    out = tmp_path / "new" / "folder"
+    with pytest.raises(error, match=match): run(images, video, support, out, **{"budget": "smoke", "steps": 1, **options})
+    assert not out.exists() and not out.parent.exists()
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    "A fault that is found early is found before any training."
+    def never(*_, **__): raise AssertionError("training began")
+    for name in ("train_images", "relearn"): monkeypatch.setattr(f"timet_nb.relearn.apply.{name}", never)
+
+
+def test_a_bad_model_leaves_no_folder_behind(world, tmp_path, no_training):
+    (tmp_path / "text.safetensors").write_text("no weights")
+    net = create_fewshot(FewShotConfig.test())
+    save_state(tmp_path / "other.safetensors", net.state_dict(), dict(kind="another"))
+    for name, match in (("none.safetensors", "no such file"), ("text.safetensors", "text.safetensors"), ("other.safetensors", "FewShotNet.save"), (".", "no such file")):
+        refused(tmp_path, match, CheckpointError, None, world / "videos", model=tmp_path / name)
+
+
+def test_bad_images_leave_no_folder_behind(world, tmp_path, no_training):
+    videos = world / "videos"
+    refused(tmp_path, "none: got no such folder", DataError, tmp_path / "none", videos)
+    refused(tmp_path, "films to be segmented", DataError, videos, videos)
+    refused(tmp_path, "annotated images, or a model", ConfigError, None, videos)
+    images = write_ultrasound(tmp_path / "images", UltrasoundWorld("breast", S, seed=1), 3)
+    first = sorted(p for p in images.rglob("*.png") if "mask" not in p.name)[0]
+    first.write_text("version https://git-lfs.github.com/spec/v1")          # a pointer, as git without LFS leaves it
+    refused(tmp_path, "breast.*git-lfs", DataError, images, videos)
+
+
+def test_one_picture_is_no_set(world, tmp_path):
+    refused(tmp_path, "sets of 2 pictures or more", DataError, write_ultrasound(tmp_path / "images", UltrasoundWorld("breast", S, seed=1), 1), world / "videos")
+
+
+def test_bad_videos_leave_no_folder_behind(world, tmp_path, no_training):
+    model, shown = world / "model.safetensors", [(world / "frame.png", world / "mask.png")]
+    for name in ("text.mp4", "fake.dcm"): (tmp_path / name).write_text("nothing to be seen" * 20)
+    (tmp_path / "frames").mkdir()
+    for k in range(3): write_image(tmp_path / "frames" / f"{k}.png", torch.rand(3, S, S))
+    (tmp_path / "frames" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    for name, match in (("gone.mp4", "gone.mp4"), ("text.mp4", "text.mp4"), ("gone.dcm", "gone.dcm|pip install"), ("fake.dcm", "fake.dcm|pip install"), ("frames", "1.png")):
+        refused(tmp_path, match, (DataError, ConfigError), None, tmp_path / name, shown, model=model)
+    refused(tmp_path, "frame: got 1 frame\n.*two or more: neighbours", DataError, None, world / "frame.png", shown, model=model)
+    refused(tmp_path, "name of a video", DataError, None, None, shown, model=model)
+
+
+def test_bad_supports_leave_no_folder_behind(world, tmp_path, no_training):
+    model, videos = world / "model.safetensors", world / "videos"
+    write_mask(tmp_path / "small.png", torch.ones(32, 32).long())
+    (tmp_path / "text.png").write_text("no mask")
+    for mask, match in (("gone.png", "gone.png"), ("small.png", "(?s)small.png: got 32 x 32.*64 x 64.*frame.png"), ("text.png", "text.png")):
+        refused(tmp_path, match, DataError, None, videos, [(world / "frame.png", tmp_path / mask)], model=model)
+    refused(tmp_path, "gone.png", DataError, None, videos, [(tmp_path / "gone.png", world / "mask.png")], model=model)
+
+
+def test_own_support_of_another_size_is_refused_first(world, tmp_path, no_training):
+    frames, masks = film(3, size=64)
+    for i, (x, m) in enumerate(zip(frames, masks)):
+        write_image(tmp_path / "film" / "JPEGImages" / "480p" / "thin" / f"{i:05d}.jpg", x)
+        write_mask(tmp_path / "film" / "Annotations" / "480p" / "thin" / f"{i:05d}.png", m[:, :40])
+    refused(tmp_path, "thin", DataError, None, tmp_path / "film", model=world / "model.safetensors")
+
+
+def test_bad_output_folders_and_devices(world, tmp_path, no_training):
+    model, videos = world / "model.safetensors", world / "videos"
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(DataError, match="file"): run(None, videos, out=out, model=model, budget="smoke")
+    assert (tmp_path / "file").read_text() == "x"
+    with pytest.raises(DataError, match="name of a new folder"): run(None, videos, out=None, model=model, budget="smoke")
+    refused(tmp_path, "device 'cudo'", ConfigError, None, videos, model=model, device="cudo")
+
+
+def test_images_beside_a_model_are_not_used_and_it_says_so(world, tmp_path, capsys):
+    run("ultrasound", world / "videos", out=tmp_path / "a", model=world / "model.safetensors", budget="smoke", steps=1)
+    said = capsys.readouterr().out
+    assert f"image model: {world / 'model.safetensors'}; ultrasound: not used" in said and not (tmp_path / "a" / "images").exists()
+    run(None, world / "videos", out=tmp_path / "b", model=world / "model.safetensors", budget="smoke", steps=1)
+    assert "not used" not in capsys.readouterr().out
+
+
+def test_a_folder_of_sets_with_a_fault_names_the_fault(tmp_path):
+    "The fault of the folder itself, where nothing below is a set; else that of the one below; hidden folders are no sets."
+    write_ultrasound(tmp_path / "all" / "breast", UltrasoundWorld("breast", S), 2)
+    write_ultrasound(tmp_path / "all" / "ovary", UltrasoundWorld("ovary", S), 2)
+    (tmp_path / "all" / ".cache").mkdir()
+    assert len(image_sets(tmp_path / "all", S)) == 2
+    (tmp_path / "all" / "zebra").mkdir()
+    with pytest.raises(DataError, match="zebra"): image_sets(tmp_path / "all", S)
+    for half in ("trainval", "test"):
+        write_image(tmp_path / "tn3k" / f"{half}-image" / "0000.png", torch.rand(3, S, S))
+        write_mask(tmp_path / "tn3k" / f"{half}-mask" / "0000.png", torch.ones(S, S).long())
+    (tmp_path / "tn3k" / "tn3k-trainval-fold0.json").write_text("[")
+    with pytest.raises(DataError, match="fold0.json"): image_sets(tmp_path / "tn3k", S)
+
+
+def test_a_fault_inside_a_set_of_videos_is_not_taken_for_no_masks(tmp_path):
+    "HMC-QU with a broken table: the table is named, rather than a film 'without masks'."
+    from timet_nb.data.decode_video import write_video
+    write_video(tmp_path / "HMC-QU" / "A4C" / "a.avi", torch.zeros(3, 3, S, S), 25)
+    (tmp_path / "LV Ground-truth Segmentation Masks").mkdir()
+    (tmp_path / "A4C.xlsx").write_bytes(b"no zip")
+    with pytest.raises(DataError, match="A4C.xlsx"): open_videos(tmp_path)
+
+
+# --- stopped and gone on
+
+ASK = dict(budget="smoke", steps=3)
+
+
+def stop_in(monkeypatch, name, step, calls=1):
+    "Ctrl-C within a step of `train_images` or `relearn`, in its n-th call from now."
+    import timet_nb.relearn.apply as A
+    real, seen = getattr(A, name), []
+    def press(model, at):
+        if at == step and len(seen) == calls: os.kill(os.getpid(), signal.SIGINT)
+    def wrapped(*given, **options): seen.append(1); return real(*given, after_step=press, **options)
+    monkeypatch.setattr(A, name, wrapped)
+
+
+def masks_of(out): return {p.relative_to(out).as_posix(): p.read_bytes() for k in ("before", "masks", "tinted") for p in sorted((out / k).rglob("*.*"))}
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    "A run with an image training that nobody stopped, and its images."
+    root = tmp_path_factory.mktemp("whole")
+    images = write_ultrasound(root / "images", UltrasoundWorld("breast", S, seed=1), 4)
+    return images, run(images, world / "videos", out=root / "out", **ASK), root / "out"
+
+
+@pytest.mark.parametrize("name, step, calls", [("train_images", 1, 1), ("relearn", 0, 1), ("relearn", 1, 2)])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(world, whole, tmp_path, monkeypatch, capsys, name, step, calls):
+    images, rows, out = whole
+    call = dict(images=images, video=world / "videos", out=tmp_path / "cut", **ASK)
+    with monkeypatch.context() as m:
+        stop_in(m, name, step, calls)
+        with pytest.raises(KeyboardInterrupt): run(**call)
+    said = capsys.readouterr().err
+    assert said.count("the same call with --resume goes on") == 1 and "stopped at step" in said
+    with pytest.raises(DataError, match="(?s)was stopped.*--resume"): run(**call)
+    assert run(**call, resume=True) == rows and masks_of(tmp_path / "cut") == masks_of(out)
+    a, b = (load_state(d / "image-model.safetensors") for d in (out, tmp_path / "cut"))
+    assert same(a, b)
+    for r in rows: assert same(*(load_state(d / "relearn" / r.video / "student.safetensors") for d in (out, tmp_path / "cut")))
+    assert [json.loads((d / "answers.json").read_text())["videos"] for d in (out, tmp_path / "cut")] == 2 * [json.loads((out / "answers.json").read_text())["videos"]]
+
+
+def test_finished_videos_are_not_relearned_again(world, whole, tmp_path, monkeypatch):
+    images, rows, _ = whole
+    call = dict(images=None, video=world / "videos", out=tmp_path / "cut", model=world / "model.safetensors", **ASK)
+    with monkeypatch.context() as m:
+        stop_in(m, "relearn", 1, 2)
+        with pytest.raises(KeyboardInterrupt): run(**call)
+    first = sorted((tmp_path / "cut" / "masks").rglob("*.png"))
+    times, asked = {p: p.stat().st_mtime_ns for p in first}, []
+    assert len(times) == 4                                     # the first film only
+    import timet_nb.relearn.apply as A
+    real = A.relearn
+    monkeypatch.setattr(A, "relearn", lambda net, videos, *a, **k: asked.append([v.frames.name for v in videos]) or real(net, videos, *a, **k))
+    rows = run(**call, resume=True)
+    assert asked == [[rows[1].video]] and times == {p: p.stat().st_mtime_ns for p in first}
+    assert run(**call, resume=True) == rows and len(asked) == 1       # and all of it again: nothing is left to do
+
+
+def test_other_arguments_and_other_folders_are_not_resumed(world, tmp_path, monkeypatch):
+    call = dict(images=None, video=world / "videos", out=tmp_path / "cut", model=world / "model.safetensors", **ASK)
+    with monkeypatch.context() as m:
+        stop_in(m, "relearn", 1)
+        with pytest.raises(KeyboardInterrupt): run(**call)
+    for other, words in ((dict(seed=1), "seed: 0 then, 1 now"), (dict(steps=4), "steps: 3 then, 4 now"), (dict(per="set"), "per: 'video' then, 'set' now"),
+                         (dict(support=[(world / "frame.png", world / "mask.png")]), "support: .*frame.png"), (dict(model=world / "other.safetensors"), "model: .*other.safetensors")):
+        with pytest.raises(ConfigError, match=words): run(**{**call, **other}, resume=True)
+    with pytest.raises(ConfigError, match="(?s)where no run was stopped.*leave --resume out"): run(**{**call, "out": tmp_path / "new"}, resume=True)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "full").mkdir(); (tmp_path / "full" / "x").write_text("x")
+    with pytest.raises(ConfigError, match="no run was stopped"): run(**{**call, "out": tmp_path / "full"}, resume=True)
+
+
+def test_ctrl_c_in_a_shell_is_130_and_one_line(world, tmp_path, monkeypatch, capsys):
+    from timet_nb.cli import main
+    words = ["relearn", "none", str(world / "videos"), "--model", str(world / "model.safetensors"), "--out", str(tmp_path / "cut"),
+             "--budget", "smoke", "--steps", "3", "--device", "cpu"]
+    with monkeypatch.context() as m:
+        stop_in(m, "relearn", 1)
+        with pytest.raises(SystemExit) as e: main(words)
+    said = capsys.readouterr()
+    assert e.value.code == 130 and "Traceback" not in said.err
+    assert [x for x in said.err.splitlines() if "stopped" in x] == ["stopped at step 2 of 3 and saved: the same call with --resume goes on from there"]
+    with monkeypatch.context() as m:                           # not in training: while masks are written
+        def press(*_, **__): raise KeyboardInterrupt
+        m.setattr("timet_nb.relearn.apply.write_masks", press)
+        with pytest.raises(SystemExit) as e: main([*words, "--resume"])
+    assert e.value.code == 130 and capsys.readouterr().err.strip().splitlines()[-1] == "stopped: the same call with --resume goes on"
+    main([*words, "--resume"])
+    assert "marked in" in capsys.readouterr().out
+
+
+# --- what is said and kept
+
+def test_nothing_found_is_said(world, tmp_path, capsys, monkeypatch):
+    for k, f in enumerate(film(4, size=64)[0]): write_image(tmp_path / "film" / f"{k}.png", f)
+    net = create_fewshot(FewShotConfig.test())
+    with torch.no_grad(): net.head[-1].weight.zero_(); net.head[-1].bias.copy_(torch.tensor([9., -9.]))
+    net.save(tmp_path / "blind.safetensors")
+    from timet_nb.cli import main
+    main(["relearn", "none", str(tmp_path / "film"), "--support", str(world / "frame.png"), str(world / "mask.png"), "--model", str(tmp_path / "blind.safetensors"),
+          "--out", str(tmp_path / "out"), "--budget", "smoke", "--steps", "1", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert "after: marked in 0 of 4 frames, 0.0% of the picture" in said and "warning: nothing is marked" in said and "1.000" not in said
+    kept = json.loads((tmp_path / "out" / "answers.json").read_text())
+    row = kept["videos"][0]
+    assert (row["marked_before"], row["marked_after"], row["share_after"]) == (0, 0, 0)
+    assert len(list((tmp_path / "out" / "tinted" / "film").glob("*.jpg"))) == 4
+
+
+def test_shares_and_warnings():
+    a, shares = torch.tensor([[1, 1, 0, 255]]), []
+    assert len(list(counted([a, 0 * a], shares))) == 2 and shares == [.5, 0]
+    row = Row("x", 2, .5, .5, 2, 1, .5, .25, .1, .2)
+    assert told(row)[0] == "x: 2 frames, steadiness 0.500 -> 0.500, Dice 0.100 -> 0.200" and len(told(row)) == 3
+    assert "1 of 1 frame," in told(Row("x", 1, 1, 1, 1, 1, .2, .2))[2]
+    assert "nearly all" in told(Row("x", 2, 1, 1, 2, 2, .2, .99))[3]
+
+
+def test_tinted_pictures_show_frame_and_mask(tmp_path):
+    from timet_nb.data.decode import read_image
+    frames, masks = film(2)
+    assert write_tinted(iter(frames), iter(masks), tmp_path / "t") == 2
+    away = (read_image(tmp_path / "t" / "00001.jpg") - frames[1]).abs().mean(0)
+    assert away[masks[1] == 1].mean() > 2 * away[masks[1] == 0].mean()
+
+
+def test_answers_say_what_was_done(world, whole, tmp_path):
+    from timet_nb import __version__
+    images, rows, out = whole
+    kept = json.loads((out / "answers.json").read_text())
+    c = kept["config"]
+    assert c["images"] == str(images) and c["training"] == dict(steps=BUDGETS["smoke"][1], pictures={"pairs": 4}) and c["model"] is None
+    assert (c["budget"], c["seed"], c["size"], c["steps"], c["per"]) == ("smoke", 0, 64, 3, "video")
+    assert c["support"] == {r.video: "its frame 0" for r in rows} and c["relearn"]["T"] == 5
+    assert kept["version"] == __version__ and kept["notes"] == ["breast: it lies one folder down, in 'breast'"]
+    run(None, world / "videos", [(world / "frame.png", world / "mask.png")], tmp_path / "o", world / "model.safetensors", budget="smoke", steps=1)
+    c = json.loads((tmp_path / "o" / "answers.json").read_text())["config"]
+    assert c["support"] == [[str(world / "frame.png"), str(world / "mask.png")]] and c["model"] == str(world / "model.safetensors") and c["training"] is None
+
+
+def numbered(root, masks=(0, 1, 2, 3)):
+    "A folder of images/ and masks/ with numbers for names."
+    frames, ids = film(4, size=64)
+    for k in range(4): write_image(root / "images" / f"{k}.png", frames[k])
+    for k in masks: write_mask(root / "masks" / f"{k}.png", ids[k % 4])
+    return root
+
+
+def test_numbered_pictures_are_pictures_and_notes_are_printed_and_kept(world, tmp_path, capsys):
+    images = numbered(tmp_path / "mine", (0, 1, 2, 7))
+    run(images, world / "videos", out=tmp_path / "o", budget="smoke", steps=1)
+    said, kept = capsys.readouterr().out, json.loads((tmp_path / "o" / "answers.json").read_text())["notes"]
+    assert any("the 3 frames with a mask are used as pictures" in n for n in kept) and any("7" in n and "mask" in n for n in kept)
+    for n in kept: assert said.count(f"note: {n}") == 1
+    for organ in ("breast",): write_ultrasound(tmp_path / "pairs", UltrasoundWorld(organ, S), 3)
+    next(p for p in sorted((tmp_path / "pairs").rglob("*_mask.png"))).unlink()
+    run(tmp_path / "pairs", world / "videos", out=tmp_path / "p", budget="smoke", steps=1)
+    assert "images without a mask, left out: 1 (breast (1).png)" in capsys.readouterr().out
+
+
+def test_a_set_without_any_mask_that_is_a_picture_is_refused(tmp_path):
+    from timet_nb.data.decode_video import write_video
+    write_video(tmp_path / "hmc" / "HMC-QU" / "A4C" / "a.avi", torch.zeros(3, 3, S, S), 25)
+    (tmp_path / "hmc" / "LV Ground-truth Segmentation Masks").mkdir()
+    with pytest.raises(DataError, match="(?s)a set of 1 video .*timet frames") as e: image_sets(tmp_path / "hmc", S)
+    assert ".videos" not in str(e.value)
+
+
+# --- masks from files
+
+def test_a_photograph_is_no_mask(tmp_path):
+    from PIL import Image
+    frames, masks = film(1, size=64)
+    noisy = (.2 + .6 * torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    grey = noisy[:1].expand(3, -1, -1)
+    for name, x in (("colour.png", noisy), ("grey.png", grey), ("frame.png", frames[0]), ("grey.jpg", grey)): write_image(tmp_path / name, x)
+    Image.fromarray((noisy.movedim(0, -1) * 255).byte().numpy()).quantize(200).save(tmp_path / "palette.png")
+    dark = torch.where(masks[0][None] > 0, noisy, 0.)          # most of it is black: an ultrasound sector
+    write_image(tmp_path / "sector.png", dark[:1].expand(3, -1, -1))
+    for name in ("colour.png", "grey.png", "frame.png", "grey.jpg", "palette.png", "sector.png"):
+        with pytest.raises(DataError, match=f"(?s){name}.*is it a photograph") as e: read_support([(tmp_path / "frame.png", tmp_path / name)])
+        assert "kind=" not in str(e.value), name
+
+
+def test_masks_with_soft_edges_are_cut_at_half(tmp_path):
+    _, masks = film(1, size=64)
+    soft = nn.functional.interpolate(masks[:1, None].float(), (100, 100), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    write_image(tmp_path / "frame.png", torch.rand(3, 100, 100))
+    for name in ("soft.png", "soft.jpg"):
+        notes = []
+        write_image(tmp_path / name, soft.expand(3, -1, -1))
+        _, (m,) = read_support([(tmp_path / "frame.png", tmp_path / name)], notes)
+        assert set(m.unique().tolist()) == {0, 1} and float((m != (soft[0] > .5)).float().mean()) < .01
+        assert name in notes[0] and "cut at half" in notes[0]
+    from PIL import Image
+    Image.fromarray((soft[0] * 65535).numpy().astype("uint16")).save(tmp_path / "deep.png")
+    assert float((read_annotation(tmp_path / "deep.png") != (soft[0] > .5)).float().mean()) < .01
+    for k, ids in enumerate(([0, 1], [0, 1, 2, 255], [0, 7])):                 # numbers stay numbers
+        x = torch.tensor(ids).repeat(40, 1).T.contiguous()
+        write_mask(tmp_path / f"{k}.png", x)
+        assert torch.equal(read_annotation(tmp_path / f"{k}.png"), torch.where(x == 255, 255, (x > 0).long()))
+
+
+def test_no_mask_is_written_about_without_its_name(world, tmp_path, no_training):
+    "Soft support masks of a run are told as a note; sizes are told with both files."
+    frames, masks = film(3, size=64)
+    for i, (x, m) in enumerate(zip(frames, masks)):
+        write_image(tmp_path / "film" / "JPEGImages" / "480p" / "three" / f"{i:05d}.jpg", x)
+        write_mask(tmp_path / "film" / "Annotations" / "480p" / "three" / f"{i:05d}.png", m if i else m[:, :40])
+    refused(tmp_path, "(?s)00000.png: got 64 x 40.*64 x 64.*three, frame 0", DataError, None, tmp_path / "film", model=world / "model.safetensors")
+
+
+def test_frames_of_two_sizes_are_refused_by_file_and_without_python(world, tmp_path):
+    frames, _ = film(3, size=64)
+    for k in range(3): write_image(tmp_path / "mixed" / f"{k}.png", frames[k][:, :64 - 8 * (k == 1)])
+    with pytest.raises(DataError, match="(?s)1.png: got 56 x 64.*64 x 64.*bring all its frames to one size") as e:
+        run(None, tmp_path / "mixed", [(world / "frame.png", world / "mask.png")], tmp_path / "o", world / "model.safetensors")
+    assert "size=" not in str(e.value)
+
+
+# --- models, films, settings
+
+def test_a_student_given_for_an_image_model_is_told(net, video, tmp_path, world):
+    r = relearn(net, video, RelearnConfig(**SMALL))
+    path = r.save(tmp_path / "out" / "relearn" / "film" / "student.safetensors")
+    with pytest.raises(CheckpointError, match="(?s)a relearned student.*image-model.safetensors"): load_images(path)
+    good = net.save(tmp_path / "out" / "image-model.safetensors")
+    with pytest.raises(CheckpointError) as e: run(None, world / "videos", out=tmp_path / "o", model=path, budget="smoke")
+    assert str(good) in str(e.value) and not (tmp_path / "o").exists()
+    from timet_nb.cli import main
+    with pytest.raises(SystemExit) as e:
+        main(["segment", "--ref", str(world / "frame.png"), str(world / "mask.png"), "--target", str(world / "frame.png"), "--method", "stcr", "--weights", str(path), "--out", str(tmp_path / "s")])
+    assert str(good) in str(e.value.code)
+    with pytest.raises(CheckpointError, match="no such file"): load_images(tmp_path / "none.safetensors")
+
+
+def test_a_film_of_12_bits_in_16_is_told(world, tmp_path, capsys):
+    from PIL import Image
+    frames, _ = film(3, size=64)
+    for name, top in (("dim", 4095), ("fine", 65535)):
+        (tmp_path / name).mkdir()
+        for k in range(3): Image.fromarray((frames[k, 0] * top).numpy().astype("uint16")).save(tmp_path / name / f"{k}.png")
+        run(None, tmp_path / name, [(world / "frame.png", world / "mask.png")], tmp_path / f"o-{name}", world / "model.safetensors", budget="smoke", steps=1)
+        notes = json.loads((tmp_path / f"o-{name}" / "answers.json").read_text())["notes"]
+        said = capsys.readouterr().out
+        assert (["note: dim: nearly black" in said, len(notes)] == [True, 1]) if name == "dim" else ("black" not in said and notes == [])
+
+
+def test_settings_and_names_that_mean_nothing(tmp_path, world):
+    for bad in (dict(mlp_ratio=0.), dict(mlp_ratio=-1.), dict(scale=-1.)):
+        with pytest.raises(ConfigError, match="scale, mlp_ratio"): RelearnConfig(**bad)
+    RelearnConfig(scale=0.)
+    for blank in ("", "  "):
+        with pytest.raises(DataError, match="a video: got an empty name"): open_videos(blank)
+        with pytest.raises(DataError, match="got an empty name"): image_sets(blank, S)
+    frames, masks = film(3)
+    with pytest.raises(DataError, match="empty name"): as_video("", frames[0], masks[0], S)
+    with pytest.raises(DataError, match="(?s)names of files.*read_support"): as_video(frames, "frame.png", "mask.png", S)
+    with pytest.raises(DataError, match="film.mp4"): as_video(str(tmp_path / "film.mp4"), frames[0], masks[0], S)
+    for k in range(3): write_image(tmp_path / "film" / f"{k}.png", frames[k])
+    v = as_video(str(tmp_path / "film"), frames[0], masks[0], S)
+    assert (len(v.frames), v.frames.name) == (3, "film") and float((v.frames[[2]] - frames[2]).abs().max()) < .01
+    with pytest.raises(DataError, match="2 clips"): as_video(world / "videos", frames[0], masks[0], S)
+    still = Student(create_fewshot(FewShotConfig.test(size=S, width=4, layers=2)), RelearnConfig(T=3))
+    with pytest.raises(DataError, match="got 1 frame\n"): still.mix(torch.rand(1, 4, 8, 8))
+    with pytest.raises(ConfigError, match="1 frame, T=0"): windows(1, 0)
+
+
+def test_help_of_relearn(capsys):
+    from timet_nb.cli import main
+    with pytest.raises(SystemExit): main(["relearn", "--help"])
+    said = capsys.readouterr().out
+    assert "--support FRAME MASK" in said and "(list)" not in said and "--resume" in said
+    assert "smoke: seconds; cpu: 2 min" in said.replace("\n", " ").replace("  ", " ")

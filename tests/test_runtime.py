@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from timet_nb.base import runtime
+from timet_nb.base.errors import one_of
 from timet_nb.base.runtime import (
     CheckpointError, ConfigError, DataError, atomic_write, cache_dir, check_config, environment, expect, explain,
     get_rng_state, need, pick_device, progress, quiet, run_context, set_rng_state)
@@ -116,6 +117,14 @@ def test_check_config():
                       ({"use_queue": "False"}, "type bool"), ({"use_queue": 1}, "type bool"), ({"steps": True}, "type int"),
                       ({"steps": 1.5}, "type int"), ({"learning_rate": "1e-4"}, "type float"), ({"name": 3}, "type str")]:
         with pytest.raises(ConfigError, match=hint): check_config(Toy, bad)
+
+
+def test_one_of():
+    for value, known in (("b", ("a", "b")), ("b", dict(a=1, b=2)), (2, range(3)), (None, (None, "x"))):
+        assert one_of("x", value, known) is value
+    with pytest.raises(ConfigError) as told: one_of("how", "dwon", dict(down=1, up=2))
+    assert str(told.value) == "how: got 'dwon'\n  expected: down, up"
+    with pytest.raises(ConfigError, match="0, 1, 2"): one_of("block", 3, range(3))
 
 
 # ---- seeds and threads -----------------------------------------------------------------------------------------------

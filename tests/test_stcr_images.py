@@ -1,5 +1,6 @@
 "STCR's image model: pyramids, pictures of any size, shots, odd masks, files, episodes, training, scores. Properties and faults."
 import math
+import random
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from timet_nb.data.ultrasound import UltrasoundImages, UltrasoundWorld
 from timet_nb.features.backbone import create_backbone
 from timet_nb.features.checkpoints import load_header, save_state
 from timet_nb.relearn import image_phase
+from timet_nb.relearn.episodes import EpisodeBatch, Episodes, ImagePhaseConfig, _aside
 from timet_nb.relearn.fewshot import (SHIPPED_IMAGES, FewShotConfig, FewShotSegmenter, Support, create_fewshot,
                                       load_fewshot, shipped_images, square_images, square_masks)
-from timet_nb.relearn.image_phase import (EpisodeBatch, Episodes, ImagePhaseConfig, episode_loss, judge_images, keep_statistics,
-                                          main, make_images, mask_loss, overlap_of, train_images)
+from timet_nb.relearn.image_phase import (ask_each, episode_loss, judge_images, keep_statistics, main, make_images, mask_loss,
+                                          overlap_of, train_images)
+from timet_nb.relearn.listen import SUPPORTS, crossed, hear_out, spoilt_supports, two_questions
 from timet_nb.relearn.prior import HOWS, MASKINGS
 from timet_nb.relearn.pyramid import Pyramid, create_pyramid
 
@@ -182,6 +185,20 @@ def test_supports_that_do_not_fit_are_refused(net, x, m, said):
     with pytest.raises(DataError, match=said): net.support(x, m)
 
 
+@pytest.mark.parametrize("value", [2, 128, .7])
+def test_a_mask_that_marks_nothing_under_another_number_is_refused(net, value):
+    with pytest.raises(DataError, match="no 1"): net.support(rand(1, 3, 64, 64), disc()[None] * value)
+    both = net.support(rand(1, 3, 64, 64), (disc() + 2 * disc(at=(.2, .2), r=.1))[None])       # other objects beside the object
+    assert torch.equal(both.maps[0], net.support(rand(1, 3, 64, 64), disc()[None]).maps[0])
+
+
+def test_one_support_needs_no_batch_and_no_question_is_refused(net, shown):
+    one = net.support(rand(1, 3, 64, 64)[0], disc())
+    for a, b in zip(one.maps, net.support(rand(1, 3, 64, 64), disc()[None]).maps, strict=True): assert torch.equal(a, b)
+    with pytest.raises(DataError, match="no picture"): net.predict(rand(0, 3, 64, 64), shown)
+    with pytest.raises(ConfigError, match="FewShotConfig"): create_fewshot(size=64, pretrained=False)
+
+
 def test_queries_that_do_not_fit_are_refused(net, shown):
     for bad in (rand(3, 64, 64), rand(1, 1, 64, 64), (rand(1, 3, 64, 64) * 255).byte()):
         with pytest.raises(DataError, match="queries"): net.predict(bad, shown)
@@ -289,6 +306,17 @@ def test_decoys_paste_an_object_of_another_set(sets):
     seen = lambda b: sum(any(torch.equal(x, y) for y in known) for x in b.query)
     assert seen(plain) == 16 and seen(tricky) == 0
     assert set(tricky.query_masks.unique().tolist()) == {0, 1}
+
+
+def test_a_decoy_stays_whole_and_aside():
+    "A move by `roll` may push an object over the edge, and it comes back on the other side: such moves are not drawn."
+    for k in range(40):
+        new, mine, rng = disc(48, at=(.1 + .02 * k, .9 - .02 * k), r=.09), disc(48, r=.2), random.Random(k)
+        moved = new.roll(_aside(new, mine, rng), (0, 1))
+        size = lambda m: [int(t[-1] - t[0]) for t in (m.any(d).nonzero().flatten() for d in (0, 1))]
+        assert size(moved) == size(new) and not (moved & mine).any()
+    whole = torch.ones(9, 9, dtype=torch.long)
+    assert _aside(whole, whole, random.Random(0)) == (0, 0) and len(_aside(whole * 0, whole, random.Random(0))) == 2
 
 
 @pytest.mark.parametrize("bad,said", [([], "none"), ([[(rand(3, 8, 8), disc(8))]], "2 pictures or more")])
@@ -399,3 +427,59 @@ def test_the_command_writes_a_model(tmp_path, capsys, monkeypatch):
     assert notes["train"]["steps"] == 1 and notes["train"]["decoys"] == .5
     assert set(words) <= set(notes["made_by"].split())     # the header names the command
     with pytest.raises(ConfigError, match="smoke, cpu, gpu"): make_images(budget="large")
+
+
+# does it listen?
+def test_spoilt_supports_by_hand():
+    shots, other = [(rand(3, 8, 8), disc(8))] * 2, [(rand(3, 8, 8), disc(8, r=.4))] * 2
+    found = spoilt_supports(shots, other)
+    assert tuple(found) == SUPPORTS and all(len(v) == 2 for v in found.values())
+    (_, m), masks = shots[0], {k: v[0][1] for k, v in found.items()}
+    assert torch.equal(masks["right"], m) and torch.equal(masks["background"], 1 - m) and not masks["nothing"].any()
+    assert masks["elsewhere"].any() and not (masks["elsewhere"] & m).any() and torch.equal(masks["other set"], other[0][1])
+    unknown = m.clone(); unknown[0] = 255
+    kept = spoilt_supports([(shots[0][0], unknown)], other[:1])["background"][0][1]
+    assert (kept[0] == 255).all() and set(kept[1:].unique().tolist()) == {0, 1}
+    with pytest.raises(DataError, match="1, as many"): spoilt_supports(shots[:1], other)
+
+
+class Stub(torch.nn.Module):
+    "Marks what a rule says: the whole picture, or where the picture is as bright as the example's object."
+    def __init__(self, how): super().__init__(); self.how, self.device, self.config = how, torch.device("cpu"), FewShotConfig(size=32, pretrained=False)
+    def support(self, images, masks): return Support(tuple(torch.stack([x[0][m == 1].mean() for x, m in zip(images, masks)])[None]))
+    def look(self, images, masks): return Support((torch.stack([x[0, 0][m[0] == 1].mean() for x, m in zip(images, masks)]),))
+    def predict(self, queries, support):
+        x, level = queries[:, 0], torch.as_tensor(support.maps[0]).reshape(-1, 1, 1)
+        return ((x - level).abs() < .05).float() if self.how == "listens" else (x > .3).float()
+
+
+def bright(level, n=4):
+    "Pictures with one disc of a brightness, each elsewhere."
+    masks = [disc(32, at=(.3 + .1 * k, .3), r=.15) for k in range(n)]
+    return [((level * m.float()).expand(3, -1, -1), m) for m in masks]
+
+
+def test_controls_tell_a_model_that_listens_from_one_that_does_not():
+    sets = dict(dim=bright(.5), light=bright(.9))
+    deaf, keen = hear_out(Stub("deaf"), sets), hear_out(Stub("listens"), sets)
+    for row in deaf.values(): assert set(row) == set(SUPPORTS) and min(row.values()) == 1
+    for row in keen.values(): assert row["right"] == 1 and row["other set"] == 0 == row["nothing"]
+    assert crossed(Stub("listens"), sets) == dict(dim=dict(dim=1., light=0.), light=dict(dim=0., light=1.))
+    assert set(crossed(Stub("deaf"), sets)["dim"].values()) == {1.}
+
+
+def test_two_questions_of_one_picture():
+    sets = [bright(.5), bright(.9)]
+    deaf = two_questions(Stub("deaf"), sets, 3)
+    assert deaf["alike"] == 1 and .5 < deaf["fits"] < .8           # it marks both of two alike: 2/3
+    assert two_questions(Stub("listens"), sets, 3)["fits"] > deaf["fits"] + .1
+    assert two_questions(Stub("listens"), sets, 3) == two_questions(Stub("listens"), sets, 3)
+    with pytest.raises(DataError, match="change places"): two_questions(Stub("deaf"), sets, batch=1)
+    with pytest.raises(DataError, match="two or more"): hear_out(Stub("deaf"), dict(dim=bright(.5)))
+
+
+def test_ask_each_is_one_question_at_a_time(net, sets):
+    q, s = sets[0][:3], sets[1][:3]
+    with torch.no_grad(): one = [net.predict(x[None], net.support([a], [b])) > .5 for (x, _), (a, b) in zip(q, s)]
+    assert ask_each(net, q, s) == overlap_of(torch.cat(one), torch.stack([m for _, m in q]))
+    with pytest.raises(DataError, match="one a question"): ask_each(net, q, s[:2])

@@ -262,6 +262,29 @@ def official(made):
             for _, i, part, rest in [split(k)]}
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("read", [(0,), (2,), (0, 1), (1,)])
+def test_a_neck_read_at_some_levels_gives_the_bits_of_the_whole(read, layers):
+    whole, part = GiraffeNeck((4, 6, 8), (3, 4, 5), layers).eval(), GiraffeNeck((4, 6, 8), (3, 4, 5), layers, read=read).eval()
+    part.load(official(whole))                           # names are places in the whole graph, whatever is spared
+    for y, level in zip(part(maps()), read, strict=True): assert torch.equal(y, whole(maps())[level])
+    sum(y.sum() for y in part.train()(maps())).backward()
+    assert all(p.grad is not None for p in part.parameters()) and len(part.joints) < len(whole.joints)
+    again = GiraffeNeck((4, 6, 8), (3, 4, 5), layers, read=read); again.load(part.state_dict())
+    for a, b in zip(part.eval()(maps()), again.eval()(maps())): assert torch.equal(a, b)
+
+
+def test_a_spared_joint_costs_no_draw_of_the_seed():
+    torch.manual_seed(4); whole = GiraffeNeck((4, 6, 8), 5, 2)
+    torch.manual_seed(4); part = GiraffeNeck((4, 6, 8), 5, 2, read=(0,))
+    for k, v in part.state_dict().items(): assert torch.equal(v, whole.state_dict()[k])
+
+
+@pytest.mark.parametrize("read", [(), (3,), (-1,)])
+def test_levels_that_are_not_there_cannot_be_read(read):
+    with pytest.raises(ConfigError, match="levels 0 to 2"): GiraffeNeck((4, 6, 8), 5, read=read)
+
+
 def test_official_names_load_and_incomplete_files_do_not():
     a, b = GiraffeNeck((4, 6, 8), 5), GiraffeNeck((4, 6, 8), 5)
     state = official(a) | {"backbone.conv.weight": torch.ones(1)}

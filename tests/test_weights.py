@@ -9,8 +9,10 @@ import sys
 import threading
 import time
 import zipfile
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -133,10 +135,67 @@ def test_a_call_in_a_pickle_is_not_made(tmp_path, trap, legacy):
 class Custom: pass
 
 
-def test_only_namespace_is_let_in(tmp_path):
+def test_what_is_let_in_does_not_leak(tmp_path):
+    before = set(torch.serialization.get_safe_globals())
     torch.save({"a": Custom()}, tmp_path / "c.pth")
     with pytest.raises(CheckpointError, match="Custom"): load_state(tmp_path / "c.pth")
-    assert argparse.Namespace not in torch.serialization.get_safe_globals(), "the allow-list must not leak"
+    assert set(torch.serialization.get_safe_globals()) == before, "the allow-list must not leak"
+
+
+class OldCycle:
+    "A scheduler of old torch: its state holds a function of the class."
+    def state_dict(self): return dict(last_epoch=3, anneal_func=torch.optim.lr_scheduler.OneCycleLR._annealing_cos)
+
+
+def lightning_file(path, **more):
+    "What Lightning writes for a method that calls save_hyperparameters(): numpy and paths among plain data."
+    hyper = dict(test_mean=np.arange(6, dtype=np.float32).reshape(1, 2, 3), test_std=np.float64(.5), steps=np.int64(7), flag=np.bool_(True),
+                 order=np.asfortranarray(np.arange(6.).reshape(2, 3)), big=np.arange(3, dtype=">i4"), none=np.zeros((0, 2)), zero=np.array(3),
+                 dtype=np.dtype("float32"), names=np.array(["a", "bc"]), ex_dir=Path("work_dirs/x"), args=argparse.Namespace(lr=.1, at=Path("a")),
+                 counts=defaultdict(int, a=1), lists=defaultdict(list, {"b": [2]}), order_dict=OrderedDict(c=3))
+    callbacks = {"ModelCheckpoint{'monitor': 'val_loss'}": dict(dirpath=Path("/logs/x"), best_model_score=torch.tensor(.1), current=np.float32(.2))}
+    torch.save(dict(epoch=3, state_dict=small_state(), hyper_parameters=hyper, hparams_name="kwargs", callbacks=callbacks,
+                    lr_schedulers=[OldCycle().state_dict()], **more), path, _use_new_zipfile_serialization="legacy" not in str(path))
+    return hyper
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "legacy.ckpt"])
+def test_lightning_files_with_plain_things_load(tmp_path, name):
+    hyper, state = lightning_file(tmp_path / name), load_state(tmp_path / name)
+    assert fingerprint(state["state_dict"]) == fingerprint(small_state())
+    held = state["hyper_parameters"]
+    for k in ("test_mean", "order", "big", "none", "zero", "names"):
+        assert held[k].dtype == hyper[k].dtype.newbyteorder("=") and held[k].shape == hyper[k].shape and (np.asarray(held[k]) == hyper[k]).all(), k
+    assert [held[k] for k in ("test_std", "steps", "flag", "counts", "lists", "order_dict")] == [.5, 7, True, {"a": 1}, {"b": [2]}, {"c": 3}]
+    assert str(held["ex_dir"]) == "work_dirs/x" and held["args"].lr == .1 and not isinstance(held["ex_dir"], Path)    # a name: it opens nothing
+    assert state["lr_schedulers"][0]["anneal_func"] == "OneCycleLR._annealing_cos"
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "legacy.ckpt"])
+def test_what_is_no_plain_data_is_named_with_a_way_out(tmp_path, monkeypatch, name):
+    lightning_file(tmp_path / name, method=Custom())
+    with pytest.raises(CheckpointError) as e: load_state(tmp_path / name)
+    text = str(e.value)
+    assert "test_weights.Custom" in text and "download" not in text and name in text and "bytes, sha256" in text
+    lines = [line.strip() for line in text.splitlines() if "torch." in line]
+    assert len(lines) == 2, "two lines of torch"
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(lines), dict(torch=torch))
+    assert fingerprint(load_state(tmp_path / f"weights-{name}")) == fingerprint(small_state())
+
+
+def test_arrays_of_objects_and_calls_of_other_functions_stay_out(tmp_path):
+    for k, (x, word) in enumerate(((np.array([{"a": 1}], dtype=object), "numpy.dtype"), (np.zeros(2, dtype="M8[D]"), "numpy.dtype"),
+                                   (OldCycle.state_dict, "OldCycle"), (Path.write_text, "pathlib.Path"), (np.ma.zeros(2), "numpy.ma"))):
+        torch.save({"x": x}, tmp_path / f"{k}.pth")
+        with pytest.raises(CheckpointError, match=word): load_state(tmp_path / f"{k}.pth")
+
+
+def test_a_numpy_array_that_lies_about_its_size(tmp_path):
+    class Liar:
+        def __reduce__(self): return np.array([1.]).__reduce__()[:2] + ((1, (9,), np.dtype("f8"), False, b"8 bytes."),)
+    torch.save({"x": Liar()}, tmp_path / "l.pth")
+    with pytest.raises(CheckpointError, match="l.pth"): load_state(tmp_path / "l.pth")
 
 
 def test_every_torch_load_in_the_package_is_weights_only():

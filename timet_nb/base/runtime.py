@@ -6,8 +6,8 @@ Docs: https://timet-nb.github.io/timet_nb/0_base/runtime.html.md"""
 
 # %% auto #0
 __all__ = ['get_rng_state', 'set_rng_state', 'run_context', 'pick_device', 'need', 'repair_torchvision', 'import_timm',
-           'atomic_write', 'cache_dir', 'environment', 'quiet', 'progress', 'DataError', 'CheckpointError',
-           'ConfigError', 'explain', 'expect', 'as_path', 'check_config']
+           'atomic_write', 'new_folder', 'cache_dir', 'environment', 'quiet', 'progress', 'DataError',
+           'CheckpointError', 'ConfigError', 'explain', 'expect', 'as_path', 'check_config']
 
 # %% ../../nbs/0_base/01_runtime.ipynb #9ad1a76e
 import contextlib, errno, importlib, importlib.metadata, os, platform, random
@@ -91,7 +91,7 @@ def run_context(
             yield
         finally: set_rng_state(state)
 
-# %% ../../nbs/0_base/01_runtime.ipynb #b00f02c0
+# %% ../../nbs/0_base/01_runtime.ipynb #7f2ba37e
 def _trouble(device):
     "None when a small sum runs on the device, else the reason it does not."
     try: torch.ones(2, device=device).sum().item()
@@ -105,8 +105,9 @@ def pick_device(
         works = torch.cuda.is_available() and not _trouble("cuda")
         return torch.device("cuda" if works else "cpu")
     if trouble := _trouble(device):
-        hint = "device='auto' picks a working one; device='cpu' always works"
-        raise ConfigError(explain(f"device {str(device)!r}", trouble, "one that can add", hint))
+        hint = "device='auto' (--device auto) picks a working one; device='cpu' always works"
+        raise ConfigError(explain(f"device {str(device)!r}", f"none that works here ({trouble})",
+                                  "a device on which torch can add two numbers", hint))
     return torch.device(device)
 
 # %% ../../nbs/0_base/01_runtime.ipynb #c679da92
@@ -204,6 +205,24 @@ def atomic_write(
                                 "free some space, or choose another folder")) from error
     finally:
         with contextlib.suppress(OSError): temp.unlink(missing_ok=True)
+
+# %% ../../nbs/0_base/01_runtime.ipynb #b9393b47
+def new_folder(
+    path: str | Path,                       # where results shall go
+    *sources: str | Path | None,            # folders that are only read; others are passed over
+) -> Path:                                  # its absolute path; nothing is made yet
+    "Accept a folder for results when it is new or empty, outside the data, and can be written."
+    out = as_path(path).expanduser().resolve()
+    roots = [Path(s).expanduser().resolve() for s in sources if s]
+    above = next(p for p in (out, *out.parents) if p.exists())
+    wrong = ("a file" if out.is_file() else
+             "a folder that is not empty" if out.is_dir() and any(out.iterdir()) else
+             "a folder inside the data, which are only read"
+             if any(r.is_dir() and r in (out, *out.parents) for r in roots) else
+             "" if above.is_dir() and os.access(above, os.W_OK) else f"no way to write in {above}")
+    if wrong: raise DataError(explain(str(out), wrong, "a new or an empty folder",
+                                      "give another --out (out=), or empty this one yourself"))
+    return out
 
 # %% ../../nbs/0_base/01_runtime.ipynb #60e89df2
 def _cache_root():

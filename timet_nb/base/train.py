@@ -374,7 +374,7 @@ def _loop(self: _Run):
             if asked and done < self.steps: _stop(self, done)
     finally: getattr(batches, "_shutdown_workers", lambda: None)()
 
-# %% ../../nbs/0_base/04_train.ipynb #1d77365f
+# %% ../../nbs/0_base/04_train.ipynb #2b7d3578
 @contextlib.contextmanager
 def _patience(run):
     "Turn the first Ctrl-C (or a cluster's SIGTERM) into a wish to save and stop after this step."
@@ -389,7 +389,7 @@ def _patience(run):
 
 def _stop(run, done):
     "End a run that was asked to stop."
-    message = f"stopped at step {done} of {run.steps} and saved: the same call goes on from there"
+    message = f"stopped at step {done} of {run.steps} and saved: {run.again} goes on from there"
     print(message, file=sys.stderr)
     if run.signal == signal.SIGTERM: raise SystemExit(128 + signal.SIGTERM)
     raise KeyboardInterrupt(message)
@@ -423,7 +423,7 @@ def __call__(self: _Run):
     seconds = time.perf_counter() - begun
     return FitResult(self.history, self.steps, self.out, self.start, seconds, self.notes)
 
-# %% ../../nbs/0_base/04_train.ipynb #73d1e99f
+# %% ../../nbs/0_base/04_train.ipynb #e4bcb021
 def fit(
     model: nn.Module,                # trained in place; its train/eval mode is left as it is
     loss_fn: Callable,               # (model, batch) -> scalar, or dict with "loss" and more
@@ -445,6 +445,7 @@ def fit(
     state: Sequence | dict = (),     # objects with state_dict and load_state_dict to keep
     optimizer: Callable = torch.optim.AdamW,  # groups -> optimiser
     config: object = None,           # the caller's settings: a resumed run must have the same
+    again: str = "the same call",    # what goes on after a stop, for its message
 ) -> FitResult:
     "Train: schedules, log, checkpoints; a killed run, called again, ends with the same bits."
     return _Run(dict(locals()))()

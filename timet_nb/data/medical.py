@@ -174,7 +174,7 @@ def _unknown(root, kind, asked):
     todo = f"find_medical(..., kind={other.kind!r})" if other else "give the folder that holds one"
     return fault(root, got, want, todo)
 
-# %% ../../nbs/1_data/13_medical.ipynb #6ae4f260
+# %% ../../nbs/1_data/13_medical.ipynb #0692e484
 def find_medical(
     root: str | Path,               # a data set's folder, or the folder it was unpacked in
     kind: str = "auto",             # a key of `KINDS`, to decide instead of guessing
@@ -186,6 +186,7 @@ def find_medical(
     root, asked = as_path(root, "a folder").absolute(), Asked(normal, target, fold)
     if kind not in ("auto", *KINDS): raise ConfigError(f"no kind {kind!r}{near(kind, KINDS)}")
     if not root.is_dir(): raise fault(root, "no such folder", "the folder of a data set")
+    if problem := list_folder(root).problem: raise fault(root, problem, "a folder to be read")
     found = _look(root, asked, list(KINDS) if kind == "auto" else [kind])
     if found is None: raise _unknown(root, kind, asked)
     if not len(found): raise fault(root, f"no pair; {'; '.join(found.notes) or 'empty folders'}",

@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/1_data/medical_read.html.md"""
 # %% auto #0
 __all__ = ['HALF', 'BUSI', 'phantom', 'Pair', 'mask_levels', 'cut_levels', 'read_polygons', 'same_size', 'read_pair']
 
-# %% ../../nbs/1_data/13_medical_read.ipynb #ef498cb3
+# %% ../../nbs/1_data/13_medical_read.ipynb #09689d89
 from dataclasses import dataclass
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..base.runtime import DataError
 from .convert import draw_polygons
 from .decode import (
-    COPY, decode_picture, fault, file_bytes, read_image, resize, resize_mask, target_size)
+    COPY, as_path, decode_picture, fault, file_bytes, read_image, resize, resize_mask, target_size)
 
 # %% ../../nbs/1_data/13_medical_read.ipynb #de50e984
 def phantom(
@@ -52,7 +52,7 @@ class Pair:
     label: str | None = None        # class of the whole picture: "benign", a tumour's name
     ids: tuple[int, ...] = ()       # class numbers that are the object; (): whatever is not black
 
-# %% ../../nbs/1_data/13_medical_read.ipynb #bc1e807e
+# %% ../../nbs/1_data/13_medical_read.ipynb #abc1d837
 def mask_levels(
     path: str | Path,   # a mask stored as a picture
 ) -> tuple[Tensor, bool]:   # (H, W) float32, 0..255; and whether the file is lossy
@@ -61,6 +61,7 @@ def mask_levels(
     lossy = im.format in ("JPEG", "MPO")
     if im.mode in ("I", "F") or im.mode.startswith("I;"):
         a = np.asarray(im).astype(np.float32)
+        if not (a >= 0).all(): raise fault(path, "negative levels, or none (NaN)", "a mask, 0 up")
         if a.max() > 255: a = a / 257                           # 16 bit
         elif im.mode == "F" and a.max() <= 1: a = a * 255
     else:
@@ -98,32 +99,55 @@ def cut_levels(
                 "threshold= decides otherwise")
     return torch.zeros_like(levels).long()
 
-# %% ../../nbs/1_data/13_medical_read.ipynb #26bc7588
+# %% ../../nbs/1_data/13_medical_read.ipynb #cb17cc96
 _SHAPE = re.compile(r'"points"\s*:\s*(\[[^\]]*\])')
+
+def _json(text):
+    "What a text says, or None where it is no JSON."
+    try: return json.loads(text)
+    except (ValueError, RecursionError): return None
 
 def _shapes(text, path, notes):
     "The regions of one <svg> text; of a text that was cut off, those that are complete."
-    try: return json.loads(text)
-    except json.JSONDecodeError:
-        whole = [{"points": json.loads(p)} for p in _SHAPE.findall(text)]
-        _say(notes, f"{path}: its list of points is cut off; {len(whole)} complete ones are used")
-        return whole
+    found = _json(text)
+    if found is None:
+        found = [{"points": p} for p in map(_json, _SHAPE.findall(text)) if p is not None]
+        _say(notes, f"{path}: its list of points is cut off; {len(found)} complete ones are used")
+    if not isinstance(found, list) or not all(isinstance(r, dict) and "points" in r for r in found):
+        raise fault(path, f"<svg> {text:.40}", 'a list of regions: [{"points": [...]}, ...]', COPY)
+    return found
 
-# %% ../../nbs/1_data/13_medical_read.ipynb #c4cc6904
+# %% ../../nbs/1_data/13_medical_read.ipynb #e561dba7
+def _corner(point):
+    "A corner as (x, y); KeyError, TypeError or ValueError where it is none."
+    x, y = float(point["x"]), float(point["y"])
+    if abs(x) < 1e6 and abs(y) < 1e6: return x, y              # also refuses what is no number
+    raise ValueError("no place in a picture")
+
+def _corners(shape, path):
+    "The corners of one region."
+    try: return [_corner(p) for p in shape["points"] or ()]
+    except (TypeError, KeyError, ValueError) as e:
+        raise fault(path, f'"points": {str(shape["points"]):.40} ({type(e).__name__}: {e})',
+                    'corners: [{"x": 1, "y": 2}, ...], numbers below a million', COPY) from e
+
+# %% ../../nbs/1_data/13_medical_read.ipynb #339b67ff
 def read_polygons(
     path: str | Path,            # an annotation of DDTI, <case>.xml
     notes: list | None = None,   # collects what was left out
 ) -> dict[int, list]:            # number of the image -> polygons, each a list of (x, y)
     "Read the outlines of one case; arrows and lines of less than three points are no outlines."
     found = {}
-    try: root = ET.parse(path).getroot()
+    try: root = ET.parse(as_path(path, "an XML file")).getroot()
     except OSError as e: raise fault(path, e.strerror or str(e), "an XML file to be read") from e
-    except ET.ParseError as e: raise fault(path, f"broken XML: {e}", "a <case>", COPY) from e
+    except (ET.ParseError, ValueError, LookupError) as e:      # the last two: unknown encodings
+        if isinstance(e, DataError): raise
+        raise fault(path, f"broken XML: {e}", "a <case>", COPY) from e
     for mark in root.iter("mark"):
         number, text = (mark.findtext(t, "").strip() for t in ("image", "svg"))
-        if not number.isdigit() or not text: continue
+        if not number.isdecimal() or not text: continue
         for shape in _shapes(text, path, notes):
-            points = [(p["x"], p["y"]) for p in shape.get("points") or ()]
+            points = _corners(shape, path)
             if shape.get("regionType") == "arrow" or len(points) < 3:
                 _say(notes, f"{path}: an arrow or a line on image {number} is no outline")
             else: found.setdefault(int(number), []).append(points)

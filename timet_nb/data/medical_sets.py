@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/1_data/medical_sets.html.md"""
 __all__ = ['KINDS', 'MASK', 'LARYNX', 'MedicalSet', 'MedicalImages', 'Asked', 'kind', 'child', 'pictures', 'note', 'match',
            'beside']
 
-# %% ../../nbs/1_data/13_medical_sets.ipynb #c5e06ae5
+# %% ../../nbs/1_data/13_medical_sets.ipynb #353216c9
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..base.record import read_json
 from ..base.runtime import ConfigError, DataError
-from .catalog import count, list_folder, natural, natural_key, near
-from .decode import fault
+from .catalog import (
+    IMAGES, count, list_folder, natural, natural_key, near, some)
+from .decode import COPY, fault
 from .glance import note_lines, stem_of
 from .medical_read import Pair, read_pair, read_polygons
 from .medical_video import MedicalVideo
@@ -124,7 +125,7 @@ def kind(
         return f
     return _register
 
-# %% ../../nbs/1_data/13_medical_sets.ipynb #89f212ac
+# %% ../../nbs/1_data/13_medical_sets.ipynb #abeeba04
 def child(
     root: Path,    # a folder
     *names: str,   # of a folder in it, in any case; the first that is there
@@ -136,8 +137,14 @@ def child(
 def pictures(
     folder: Path | None,   # None: no folder, no pictures
 ) -> list[Path]:           # in natural order
-    "List the pictures of a folder."
-    return [folder / n for n in list_folder(folder).images] if folder else []
+    "List the pictures of a folder; a link that leads nowhere is one that cannot be read."
+    if folder is None: return []
+    box = list_folder(folder)
+    if box.problem not in ("", "missing"):
+        raise fault(folder, box.problem, "a folder that can be read")
+    lost = [n for n in box.broken if Path(n).suffix.lower() in IMAGES
+            and not (Path(folder) / n).exists()]                  # a pipe exists, and is no link
+    return [folder / n for n in natural([*box.images, *lost])]
 
 def note(
     details: dict,   # note -> names
@@ -209,13 +216,19 @@ def _annotations(folder):
         best[stem] = min(best.get(stem, (9, p)), (_RANK[tail], p))
     return [(p, stem) for stem, (_, p) in best.items()]
 
-# %% ../../nbs/1_data/13_medical_sets.ipynb #181019a8
+# %% ../../nbs/1_data/13_medical_sets.ipynb #b72efe25
+def _text(path):
+    "What a small text file says."
+    try: return path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise fault(path, f"{type(e).__name__}: {e}", "a text, one name a line", COPY) from e
+
 def _lists(box, ending):
-    "{stem: (part, rest of the line)} of train<ending>.txt and val<ending>.txt."
+    "{stem: (part, last word of the line)} of train<ending>.txt and val<ending>.txt."
     found = {}
     for part in ("train", "val"):
         path = box / f"{part}{ending}.txt"
-        rows = path.read_text().splitlines() if path.is_file() else ()
+        rows = _text(path).splitlines() if path.is_file() else ()
         found |= {Path(r.split()[0]).stem: (part, r.split()[-1]) for r in rows if r.strip()}
     return found
 
@@ -237,18 +250,21 @@ def _mmotu(root, asked):
         Pair(p, m, s, split=split.get(s, (None,))[0], label=label.get(s, (0, None))[1])
         for s, (p, m) in pairs.items()), details=details)
 
-# %% ../../nbs/1_data/13_medical_sets.ipynb #7e347056
+# %% ../../nbs/1_data/13_medical_sets.ipynb #cdbffbbc
 def _fold(root, fold, details):
     "{number of an image: part} of a published split; {} when its file is not there."
     path = root / f"tn3k-trainval-fold{fold}.json"
     if not path.is_file():
         note(details, "no list of this fold: trainval stays one part", path.name); return {}
     lists = read_json(path)
-    try: return {int(i): part for part in ("train", "val") for i in lists[part]}
-    except (TypeError, KeyError, ValueError) as e:
-        raise fault(path, f"{type(e).__name__}: {e}", "lists of numbers called train and val")
+    parts = [lists.get(p) if isinstance(lists, dict) else None for p in ("train", "val")]
+    if not all(isinstance(p, list) and all(type(i) is int for i in p) for p in parts):
+        raise fault(path, f"{lists!r:.60}", "lists of whole numbers called train and val", COPY)
+    if both := {*parts[0]} & {*parts[1]}: raise fault(
+        path, f"{some(sorted(both))} in train and in val", "each number in one part", COPY)
+    return {i: part for part, numbers in zip(("train", "val"), parts) for i in numbers}
 
-# %% ../../nbs/1_data/13_medical_sets.ipynb #4ee5f4d1
+# %% ../../nbs/1_data/13_medical_sets.ipynb #20fe1af6
 @kind("tn3k", "trainval-image/0000.jpg, trainval-mask/, test-image/, tn3k-trainval-fold0.json")
 def _tn3k(root, asked):
     "Thyroid ultrasound: two halves; numbers in a file divide the first one."
@@ -256,15 +272,34 @@ def _tn3k(root, asked):
     if not halves: return None
     details, items = {}, []
     part = _fold(root, asked.fold, details)
-    number = lambda s: int(s) if s.isdigit() else None
     for h in halves:
         pairs = _same_stems(child(root, f"{h}-image"), child(root, f"{h}-mask"), details, f"{h}/")
-        items += [Pair(p, m, f"{h}/{s}", split=part.get(number(s), h) if h == "trainval" else h)
+        items += [Pair(p, m, f"{h}/{s}", split=part.get(_number(s), h) if h == "trainval" else h)
                   for s, (p, m) in pairs.items()]
-    have = {number(p.image.stem) for p in items if p.split != "test"}
-    note(details, "listed, but no such pair", *(f"{i:04d}" for i in sorted({*part} - have)))
-    if part: note(details, "in no list", *(p.name for p in items if p.split == "trainval"))
+    _compare(root, asked.fold, part, items, details)
     return MedicalSet("tn3k", root, tuple(items), details=details)
+
+# %% ../../nbs/1_data/13_medical_sets.ipynb #04905d90
+def _number(stem):
+    "The number that a name is, or None."
+    return int(stem) if stem.isascii() and stem.isdigit() else None
+
+_PLACES = "(the list's numbers are places in the listing; taken as the numbers of names)"
+
+def _compare(root, fold, part, items, details):
+    "Note where list and folder differ; refuse a list of pictures that are not there."
+    folders = (child(root, f"trainval-{h}") for h in ("image", "mask"))
+    here = {_number(p.stem) for f in folders for p in pictures(f)}
+    if lost := sorted({*part} - here): raise fault(
+        root / f"tn3k-trainval-fold{fold}.json",
+        f"{count(len(lost), 'picture')} that trainval-image/ has not: "
+        f"{some(f'{i:04d}.jpg' for i in lost)} {_PLACES}", "pictures that are there",
+        "take list and pictures of one release; without the list, trainval stays one part")
+    used = {_number(stem_of(p.image.name)) for p in items if p.split != "test"}
+    note(details, f"listed, but one of image and mask is missing {_PLACES}",
+         *(f"{i:04d}.jpg" for i in sorted({*part} - used)))
+    if part: note(details, f"in no list {_PLACES}",
+                  *(p.image.name for p in items if p.split == "trainval"))
 
 # %% ../../nbs/1_data/13_medical_sets.ipynb #3d3f60ff
 def _outlined(root, details):

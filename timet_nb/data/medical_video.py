@@ -29,7 +29,7 @@ from .decode import (
 from .decode_video import VideoReader
 from .medical_read import HALF, cut_levels, mask_levels, same_size
 
-# %% ../../nbs/1_data/13_medical_video.ipynb #1ca7ad90
+# %% ../../nbs/1_data/13_medical_video.ipynb #5a4fee72
 def _hdf5(path):
     "{name: array} of a MATLAB 7.3 file; its axes come in reverse."
     try: h5py = need("h5py")
@@ -38,7 +38,7 @@ def _hdf5(path):
                     "pip install h5py, or save it again in MATLAB with -v7") from e
     try:
         with h5py.File(path) as file: return {k: np.asarray(file[k]).T for k in file}
-    except OSError as e:
+    except Exception as e:
         raise fault(path, f"no MATLAB file: {' '.join(str(e).split())}", "version 7.3", COPY) from e
 
 def _is_hdf5(path):
@@ -52,22 +52,30 @@ def _scipy(path, what):
     except Exception as e:
         raise fault(path, f"no MATLAB file: {' '.join(str(e).split())}", "version 5", COPY) from e
 
-# %% ../../nbs/1_data/13_medical_video.ipynb #e9542462
+# %% ../../nbs/1_data/13_medical_video.ipynb #ab41d277
 def _block(path, shapes):
-    "The name of the array of masks: 'predicted', or the only one of two or three axes."
-    blocks = [k for k, s in shapes.items() if k[:2] != "__" and len(s) in (2, 3) and min(s) > 1]
-    if "predicted" in blocks: return "predicted"
-    if len(blocks) == 1: return blocks[0]
-    raise fault(path, f"arrays {sorted(blocks)}", "one block of masks, called 'predicted'")
+    "The name of the array of masks: 'predicted', or the only one that could be masks."
+    names = [k for k, s in shapes.items() if k[:2] != "__" and _is_block(s)]
+    if "predicted" in shapes: names = [n for n in names if n == "predicted"]
+    if len(names) == 1: return names[0]
+    known = {k: tuple(s) for k, s in shapes.items() if k[:2] != "__"}
+    raise fault(path, f"arrays {known}", "one block of masks (T, h, w), called 'predicted'")
 
-def _frames_last(shape): return len(shape) == 3 and shape[0] == shape[1] != shape[2]
+def _is_block(shape):
+    "Masks (T, h, w), also of one frame, or one mask (h, w): not empty, no line, no number."
+    return len(shape) in (2, 3) and min(shape) > 0 and sorted(shape)[-2] > 1
 
-# %% ../../nbs/1_data/13_medical_video.ipynb #8bfd9e1e
+def _frames_last(shape): return len(shape) == 3 and (
+    shape[0] > 1 == shape[2] or shape[0] == shape[1] != shape[2])
+
+# %% ../../nbs/1_data/13_medical_video.ipynb #34fcd51d
 @lru_cache(maxsize=2)
 def _mat(path, stamp):
     "The masks of one file, (T, h, w) bool; the last two files stay in memory."
     found = _hdf5(path) if _is_hdf5(path) else _scipy(path, "loadmat")
     a = np.asarray(found[_block(path, {k: np.shape(v) for k, v in found.items()})])
+    if a.dtype.kind not in "buif" or not np.isfinite(a).all():
+        raise fault(path, f"an array of {a.dtype}", "masks of finite numbers", COPY)
     a = np.moveaxis(a, 2, 0) if _frames_last(a.shape) else a[None] if a.ndim == 2 else a
     return a > (.5 if a.max() <= 1 else HALF)
 
@@ -120,14 +128,15 @@ def read_rows(
     except Exception as e:
         raise fault(path, f"{type(e).__name__}: {e}", "a table, .xlsx or .csv", COPY) from e
 
-# %% ../../nbs/1_data/13_medical_video.ipynb #78c2be42
+# %% ../../nbs/1_data/13_medical_video.ipynb #fef2955f
 def read_cycles(
     path: str | Path,              # A4C.xlsx of HMC-QU, or the same table as .csv
 ) -> dict[str, tuple[int, int]]:   # recording without spaces -> (first frame, one past the last)
     "Read which frames have masks: the last two whole numbers of a row, counted from 1."
     found = {}
     for row in read_rows(path):
-        numbers = [int(float(c)) for c in row[1:] if re.fullmatch(r"\d+(\.0+)?", c.strip())]
+        whole = (re.fullmatch(r"(\d{1,9})(\.0+)?", c.strip()) for c in row[1:])
+        numbers = [int(m[1]) for m in whole if m]
         if len(numbers) >= 2 and numbers[-1] >= numbers[-2] > 0:
             found["".join(row[0].split())] = numbers[-2] - 1, numbers[-1]
     return found
@@ -183,7 +192,14 @@ def frames(
         first = frame.shape
         yield frame
 
-# %% ../../nbs/1_data/13_medical_video.ipynb #b0c80f71
+# %% ../../nbs/1_data/13_medical_video.ipynb #1e9e1a4d
+def _of_block(path, place):
+    "One mask of a MATLAB file, (h, w) int64."
+    masks = read_mat(path)
+    if place < len(masks): return masks[place].long()
+    raise fault(path, f"{len(masks)} masks", f"{place + 1} or more: the file has changed")
+
+# %% ../../nbs/1_data/13_medical_video.ipynb #db42f0a0
 @patch
 def mask(
     self: MedicalVideo,
@@ -197,21 +213,37 @@ def mask(
         have = f"{min(self.masks)} to {max(self.masks)}" if self.masks else "no frame has"
         raise fault(f"{self.name}, frame {i}", "no mask", f"a frame with one: {have}")
     source, shape = self.masks[i], self.shape()
-    if isinstance(source, tuple): ids, source = read_mat(source[0])[source[1]].long(), source[0]
+    if isinstance(source, tuple): ids, source = _of_block(*source), source[0]
     else: ids = cut_levels(mask_levels(source)[0], threshold, source, notes)
     if not self.stretch: same_size(source, ids.shape, shape, f"of {self.name}, frame {i}")
     return resize_mask(ids, target_size(*shape, size)).contiguous()
 
-# %% ../../nbs/1_data/13_medical_video.ipynb #d837e722
+# %% ../../nbs/1_data/13_medical_video.ipynb #382fe615
+def _frame_of(video, i, size, shape):
+    "One frame, of the size of its mask."
+    frame, what = next(video.frames(size, i, i + 1), None), f"{video.name}, frame {i}"
+    if frame is None: raise fault(what, "a mask, but no such frame", "masks of frames", COPY)
+    if frame.shape[1:] != shape: raise fault(
+        what, f"size {tuple(frame.shape[1:])}", f"{tuple(shape)}, as its mask and the first frame",
+        "give size=(height, width)")
+    return frame
+
+# %% ../../nbs/1_data/13_medical_video.ipynb #7072dad8
 @patch
 def support(
     self: MedicalVideo,
     size: int | tuple | None = None,   # as for `frames`
-    n: int = 1,                        # how many: the first ones that have a mask
+    n: int = 1,                        # how many: the first ones whose mask shows the object
 ) -> tuple[Tensor, Tensor]:            # (n, 3, H, W) float; (n, H, W) int64
-    "Read the first frames that have a mask: what few-shot segmentation is given."
-    which = sorted(self.masks)[:n]
-    if len(which) < n or n < 1:
-        raise fault(self.name, f"{len(self.masks)} masks", f"{n} or more, and at least one asked")
-    frames = [next(self.frames(size, i, i + 1)) for i in which]
-    return torch.stack(frames), torch.stack([self.mask(i, size) for i in which])
+    "Read the first frames that show the object: what few-shot segmentation is given."
+    if n < 1: raise fault(f"support of {self.name}", f"n={n}", "1 or more")
+    found = {}
+    for i in sorted(self.masks):
+        mask = self.mask(i, size)
+        if mask.any(): found[i] = mask
+        if len(found) == n: break
+    if len(found) < n: raise fault(
+        self.name, f"{len(found)} of {len(self.masks)} masks with an object", f"{n} or more",
+        "ask for fewer, or take the support from another video")
+    images = [_frame_of(self, i, size, mask.shape) for i, mask in found.items()]
+    return torch.stack(images), torch.stack([*found.values()])

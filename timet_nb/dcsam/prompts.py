@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/7_dcsam/prompts.html.md"""
 __all__ = ['SelfLayer', 'Branch', 'Prompts', 'label_vectors', 'PromptGenerator', 'Asked', 'MaskLoss', 'mask_loss', 'DCSAMConfig',
            'Scene']
 
-# %% ../../nbs/7_dcsam/71_prompts.ipynb #7842e647
+# %% ../../nbs/7_dcsam/71_prompts.ipynb #4e1ae0ca
 from collections.abc import Callable
 from dataclasses import dataclass
 import torch
@@ -19,6 +19,7 @@ from ..base.runtime import ConfigError, DataError, explain
 from .cyclic import CyclicLayer
 from .fusion import DCSAMConfig, Fusion, Scene
 from .prior import on_grid
+from ..evaluate.boundary import soft_dice
 from ..features.positions import sine_positions
 _all_ = ["DCSAMConfig", "Scene"]
 
@@ -58,7 +59,7 @@ class Branch(nn.Module):
             self.transformer_self_attention_layers = nn.ModuleList([SelfLayer(c.dim, c.heads)])
         self.supp_q_feat, self.q_embed = (nn.Embedding(c.queries, c.dim) for _ in range(2))
 
-# %% ../../nbs/7_dcsam/71_prompts.ipynb #dc87dbb8
+# %% ../../nbs/7_dcsam/71_prompts.ipynb #1ae0789f
 def _cells(maps):
     "Maps (B, D, h, w) or (B, n, D, h, w) as cells (B, S, D), and the positions (S, D)."
     if maps.ndim == 4: maps = maps[:, None]
@@ -203,7 +204,7 @@ def forward(
     better = self.second(prompts, scene, coarse.detach() > 0, labels)
     return Asked(prompts, coarse, better, up(decode(better)))
 
-# %% ../../nbs/7_dcsam/71_prompts.ipynb #d55c1f35
+# %% ../../nbs/7_dcsam/71_prompts.ipynb #f4bfe805
 @dataclass(frozen=True, eq=False)
 class MaskLoss:
     "The loss and its two parts."
@@ -220,5 +221,5 @@ def mask_loss(
         "target", f"shape {tuple(target.shape)}", f"{tuple(logits.shape)}, as the logits"))
     x, y = logits.flatten(1), target.flatten(1).to(logits.dtype)
     bce, p = F.binary_cross_entropy_with_logits(x, y), x.sigmoid()
-    dice = 1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1)
-    return MaskLoss(bce + dice.mean(), bce, dice.mean())
+    dice = (1 - soft_dice(p, y)).mean()
+    return MaskLoss(bce + dice, bce, dice)

@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/3_evaluate/apply.html.md"""
 # %% auto #0
 __all__ = ['read_references', 'Segmented', 'summary', 'answers_of', 'apply']
 
-# %% ../../nbs/3_evaluate/36_apply.ipynb #133b6878
+# %% ../../nbs/3_evaluate/36_apply.ipynb #ec5a063e
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from ..base.record import write_json
-from ..base.runtime import DataError, explain, progress
+from ..base.runtime import DataError, explain, new_folder, progress
 from ..data.catalog import Clip, Layout
 from ..data.decode import read_image, write_image
 from ..data.decode_masks import read_mask, write_mask
 from ..data.frames import ClipReader
 from ..data.layout import find_layout
-from .references import Answer, InContextSegmenter, Prompt
+from .references import Answer, InContextSegmenter, Prompt, decide
 
 # %% ../../nbs/3_evaluate/36_apply.ipynb #e2caed00
 def read_references(
@@ -69,11 +69,11 @@ def _each(answer):
     "(mask, class counted from 1, score) of every object, surest first."
     return sorted(answer.instances or (), key=lambda x: -float(x[2]))
 
-# %% ../../nbs/3_evaluate/36_apply.ipynb #7453341e
+# %% ../../nbs/3_evaluate/36_apply.ipynb #588fc443
 def _write(answer, image, out, clip, stem, tint):
     "Write what an answer holds; kind -> path relative to `out`."
     kinds = {"masks": answer.ids}
-    if answer.identity is not None: kinds["identity"] = _hard(answer.identity, .5)
+    if answer.identity is not None: kinds["identity"] = decide(answer.identity)
     if answer.instances is not None: kinds["instances"] = _numbered(answer)
     files = {}
     for kind, ids in kinds.items():
@@ -85,11 +85,6 @@ def _write(answer, image, out, clip, stem, tint):
         mixed = overlay(image.cpu(), answer.ids.cpu(), contour=2)
         write_image(out / files["tinted"], torch.from_numpy(mixed).movedim(-1, 0).float())
     return files
-
-def _hard(scores, threshold):
-    "The best class of each pixel where it is above the threshold: (C, H, W) -> (H, W)."
-    best, at = scores.max(0)
-    return torch.where(best > threshold, at + 1, 0)
 
 def _numbered(answer):
     "Objects as ids 1, 2, ... from the surest; the surer one is in front."
@@ -115,7 +110,7 @@ def answers_of(
         if answer is None: return
         yield held.pop(0), answer, time.perf_counter() - start
 
-# %% ../../nbs/3_evaluate/36_apply.ipynb #b709a583
+# %% ../../nbs/3_evaluate/36_apply.ipynb #dde7bdb6
 def apply(
     segmenter: InContextSegmenter,   # any method
     prompt: Prompt,                  # of that method
@@ -127,7 +122,7 @@ def apply(
 ) -> list[Segmented]:                # one a picture or frame
     "Segment everything below a path; write masks, tinted copies and `answers.json`."
     layout = find_layout(source, labels=False, kind="images" if stills else None)
-    out, rows = _new_folder(out, layout.root), []
+    out, rows = new_folder(out, layout.root), []
     for clip in progress(list(layout), desc="segment"):
         stems = _stems(clip, step)
         for (image, answer, seconds), stem in zip(answers_of(segmenter, prompt, clip, step), stems):
@@ -138,19 +133,10 @@ def apply(
         targets=[asdict(r) for r in rows]))
     return rows
 
-# %% ../../nbs/3_evaluate/36_apply.ipynb #1bc765d7
+# %% ../../nbs/3_evaluate/36_apply.ipynb #fa1d34b2
 def _stems(clip, step):
     "A name for every frame: its file's, or its number in a video."
     if clip.video is None: yield from (f.stem for f in clip.frames[::step])
     else:
         n = 0
         while True: yield f"{n:05d}"; n += step
-
-def _new_folder(out, root):
-    "The output folder: new or empty, and not among the data."
-    out = Path(out).resolve()
-    if out.exists() and any(out.iterdir()): raise DataError(explain(
-        str(out), "a folder that is not empty", "a new folder"))
-    if root.is_dir() and root.resolve() in (out, *out.parents): raise DataError(explain(
-        str(out), "a folder inside the data", "a folder elsewhere: the data are only read"))
-    return out

@@ -110,7 +110,7 @@ def selective(
                      "refused": refused(s, episodes, size)})
     return rows
 
-# %% ../../nbs/3_evaluate/36_pick.ipynb #5152b9eb
+# %% ../../nbs/3_evaluate/36_pick.ipynb #add05e1a
 @dataclass(frozen=True)
 class TwinResult:
     "What a method does with two objects of a class, when one of them is marked."
@@ -121,6 +121,7 @@ class TwinResult:
     recall_twin: float   # the same of its twin; wanted: 1
     other: float         # share of the other objects that it holds; wanted: 0
     cases: int           # how many were asked
+    unseen: int = 0      # pairs left out: one of the two is missing in a view
 
 # %% ../../nbs/3_evaluate/36_pick.ipynb #6b529ce8
 def _twin_case(segmenter, scene, i, j, least):
@@ -135,15 +136,23 @@ def _twin_case(segmenter, scene, i, j, least):
     return (float(own[mine].mean() > own[twin].mean()), overlap(sure, mine), overlap(sure, twin),
             part(mine), part(twin), part(rest))
 
-# %% ../../nbs/3_evaluate/36_pick.ipynb #ef2a501b
+# %% ../../nbs/3_evaluate/36_pick.ipynb #0b1bad09
+def _both_seen(scene, pair):
+    "Whether both views show both objects of a pair."
+    return all((view == k).any() for view in (scene.ids, scene.ids2) for k in pair)
+
 def evaluate_twins(
     segmenter: InContextSegmenter,   # any in-context method
     scenes: Iterable,                # with image, ids, image2, ids2 and twins
     least: float = .5,               # identity scores above it are marked
 ) -> TwinResult:                     # means over all cases
     "Mark one of two look-alikes; find it, and its kind, in the second view."
-    cases = [_twin_case(segmenter, s, *pair, least) for s in scenes for t in s.twins
-             for pair in (t, t[::-1])]
-    if not cases: raise DataError(explain("scenes", "no two objects of a class", "look-alikes"))
+    cases, unseen = [], 0
+    for s, t in ((s, t) for s in scenes for t in s.twins):
+        if not _both_seen(s, t): unseen += 1; continue
+        cases += [_twin_case(segmenter, s, *pair, least) for pair in (t, t[::-1])]
+    if not cases: raise DataError(explain(
+        "look-alikes", f"none that both views show, {unseen} out of view", "at least one pair"))
     mean = lambda v: sum(v) / len(v) if v else math.nan
-    return TwinResult(*(mean([c[k] for c in cases if c[k] == c[k]]) for k in range(6)), len(cases))
+    means = (mean([c[k] for c in cases if c[k] == c[k]]) for k in range(6))
+    return TwinResult(*means, len(cases), unseen)

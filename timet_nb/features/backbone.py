@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/2_features/backbone.html.md"""
 # %% auto #0
 __all__ = ['NAMES', 'RANDOM', 'Backbone', 'describe_vit', 'create_backbone']
 
-# %% ../../nbs/2_features/21_backbone.ipynb #8fe91a4c
+# %% ../../nbs/2_features/21_backbone.ipynb #9792c1cc
 import hashlib
 import math
 from pathlib import Path
@@ -17,14 +17,15 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..base.errors import one_of
 from ..base.runtime import (CheckpointError, ConfigError, DataError, as_path, explain,
                                    import_timm)
 from .cnn import CnnBackbone, create_cnn, is_cnn
 from .inputs import (NORMALISE, POSITION_RULES, ImageInput, check_images, fit_size,
-                                      resize_positions, _one_of)
+                                      resize_positions)
 from .weights import SHIPPED, fingerprint, load_into, save_state, weights_for
 
-# %% ../../nbs/2_features/21_backbone.ipynb #df5ebbe6
+# %% ../../nbs/2_features/21_backbone.ipynb #cbee373e
 class Backbone(ImageInput):
     "A timm ViT seen as a map of patch features."
 
@@ -42,7 +43,7 @@ class Backbone(ImageInput):
         "Wrap a ViT; `create_backbone` is the usual way in."
         size = vit.patch_embed.patch_size[0]
         super().__init__(size, size, normalise, on_size, getattr(vit, "pretrained_cfg", {}))
-        _one_of("resize", resize, POSITION_RULES); _one_of("norm", norm, ("final", "plain", "none"))
+        one_of("resize", resize, POSITION_RULES); one_of("norm", norm, ("final", "plain", "none"))
         self.vit, self.name, self.arch, self.note = vit, name, arch or {}, ""
         self.head, self.prototypes = {}, None                      # what came with the weights
         self.resize, self.norm_mode, self.checkpointing = resize, norm, checkpointing
@@ -226,7 +227,7 @@ def _build(model, kwargs, seed):
     timm = import_timm()
     if not timm.is_model(model):
         near = ", ".join(timm.list_models(f"*{model[:10]}*")[:4]) or "none"
-        raise ConfigError(explain("architecture", repr(model), "a ViT of timm", f"near: {near}"))
+        raise ConfigError(explain("architecture", repr(model), "a ViT or CNN of timm", f"near: {near}"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try: vit = timm.create_model(model, num_classes=0, dynamic_img_size=True, **kwargs)

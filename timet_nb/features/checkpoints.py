@@ -7,15 +7,17 @@ Docs: https://timet-nb.github.io/timet_nb/2_features/checkpoints.html.md"""
 # %% auto #0
 __all__ = ['file_sha256', 'file_kind', 'count_bad', 'fingerprint', 'save_state', 'load_header', 'load_state', 'shipped_weights']
 
-# %% ../../nbs/2_features/20_checkpoints.ipynb #8a78f646
+# %% ../../nbs/2_features/20_checkpoints.ipynb #ba910622
 import argparse
 import hashlib
 import json
+import re
 import struct
 import warnings
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,42 +42,85 @@ def file_kind(
     if head[:1] == b"\x80": return "pickle"
     return "html" if head.lstrip()[:1] == b"<" else "unknown"
 
-# %% ../../nbs/2_features/20_checkpoints.ipynb #ffa7cf0a
+# %% ../../nbs/2_features/20_checkpoints.ipynb #222ca347
 _WRONG = dict(
     empty="the file is empty",
     html="this is a web page: the link led to a log-in, consent or error page",
     unknown="neither a safetensors header nor a torch archive: cut short or another format")
 
-def _refuse(path, why):
+_AGAIN = "download it again, and compare its size and hash with the source"
+
+def _refuse(path, why, wanted="a .safetensors or a torch .pth/.pt file", todo=_AGAIN):
     "Build the one error that every unreadable checkpoint gets."
     size, sha = Path(path).stat().st_size, file_sha256(path)[:16]
-    return CheckpointError(explain(
-        str(path), f"{why} ({size:,} bytes, sha256 {sha}...)",
-        "a .safetensors or a torch .pth/.pt file",
-        "download it again, and compare its size and hash with the source"))
+    got = f"{why} ({size:,} bytes, sha256 {sha}...)"
+    return CheckpointError(explain(str(path), got, wanted, todo))
 
 def _first_line(e):
     "First line of an exception's text."
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
-# %% ../../nbs/2_features/20_checkpoints.ipynb #647a2de0
+# %% ../../nbs/2_features/20_checkpoints.ipynb #10577d12
+class _Kind:
+    "A numpy type in a pickle: numbers and text, never objects."
+    def __init__(self, code, *_):
+        if not re.fullmatch(r"[<>|=]?[biufcSU?]\d{0,6}", str(code)):
+            raise ValueError(f"GLOBAL numpy.dtype[{code!r:.20}] was not let in")
+        self.dtype = np.dtype(code)
+    def __setstate__(self, state): self.dtype = self.dtype.newbyteorder(state[1])
+
+class _Array(np.ndarray):
+    "A numpy array in a pickle: its bytes must be as many as its shape asks for."
+    def __setstate__(self, state):
+        _, shape, kind, fortran, data = state
+        flat = np.frombuffer(bytes(data), kind.dtype).reshape([abs(n) for n in shape])
+        super().__setstate__((1, flat.shape, flat.dtype, bool(fortran), flat.tobytes()))
+
+# %% ../../nbs/2_features/20_checkpoints.ipynb #7f9948d3
+def _new_array(*_): return _Array(0)
+def _scalar(kind, data): return np.frombuffer(data, kind.dtype, 1)[0]
+def _new_dict(*_): return {}
+def _no_bytes(*_): return b""
+def _name_of(owner, part): return f"{owner}.{part}"
+
+_NUMPY = dict(_reconstruct=_new_array, scalar=_scalar)
+_PATHS = dict(PosixPath=PurePosixPath, PurePosixPath=PurePosixPath,
+              WindowsPath=PureWindowsPath, PureWindowsPath=PureWindowsPath)
+_LET_IN = {"argparse.Namespace": argparse.Namespace, "collections.defaultdict": _new_dict,
+           "numpy.ndarray": _Array, "numpy.dtype": _Kind,
+           "builtins.bytes": _no_bytes, "builtins.getattr": _name_of,
+           "torch.optim.lr_scheduler.OneCycleLR": "OneCycleLR",
+           **{f"builtins.{t.__name__}": t for t in (list, dict, tuple, int, float, bool, str)},
+           **{f"numpy.{m}.multiarray.{n}": f for m in ("core", "_core") for n, f in _NUMPY.items()},
+           **{f"pathlib.{m}{n}": t for m in ("", "_local.") for n, t in _PATHS.items()}}
+
+# %% ../../nbs/2_features/20_checkpoints.ipynb #2ee168d6
 def _read_torch(path):
     "Read a torch file as data only."
-    try:
-        with (open(path, "rb") as f, warnings.catch_warnings(),      # a handle: no guess by name
-              torch.serialization.safe_globals([argparse.Namespace])):
-            warnings.simplefilter("ignore")
-            return torch.load(f, map_location="cpu", weights_only=True)
-    except Exception as e: raise _refuse(path, _why_torch(path, e)) from e
+    plain = torch.serialization.safe_globals([(thing, name) for name, thing in _LET_IN.items()])
+    with plain, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with open(path, "rb") as f:                            # a handle: no guess by name
+                return torch.load(f, map_location="cpu", weights_only=True)
+        except Exception as e: raise _why_torch(path, e) from e
 
+# %% ../../nbs/2_features/20_checkpoints.ipynb #898dc287
 def _why_torch(path, e):
-    "Say in one sentence why torch would not read the file."
+    "The error for what torch would not read: a file that asks for code, or a damaged one."
     try:
         with open(path, "rb") as f: asks = torch.serialization.get_unsafe_globals_in_checkpoint(f)
     except Exception: asks = []
-    asks = [a for a in asks if a != "argparse.Namespace"]
-    if not asks: return f"not a sound torch file: {_first_line(e)}"
-    return f"it asks to run {', '.join(asks[:4])}, which weights never need; nothing was run"
+    asks = sorted(asks) or re.findall(r"GLOBAL (\S+) (?:was not|whose)", str(e))
+    if not asks: return _refuse(path, f"not a sound torch file: {_first_line(e)}")
+    return _refuse(path, f"it asks for {', '.join(asks[:4])}; nothing was run",
+                   "tensors, numbers, text, arrays and paths", _alone(Path(path).name))
+
+def _alone(name):
+    "How to keep the weights of a file alone, in two lines of torch."
+    return ("where the file comes from, and only if you trust it, keep its weights alone:\n"
+            f"    held = torch.load({name!r}, map_location='cpu', weights_only=False)\n"
+            f"    torch.save(held.get('state_dict', held), {'weights-' + name!r})")
 
 def _read_safetensors(path):
     "Read a safetensors file; every complaint of the library becomes ours."

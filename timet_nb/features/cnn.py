@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/2_features/cnn.html.md"""
 # %% auto #0
 __all__ = ['FAMILIES', 'CnnBackbone', 'create_cnn', 'is_cnn']
 
-# %% ../../nbs/2_features/21_cnn.ipynb #30f7b6af
+# %% ../../nbs/2_features/21_cnn.ipynb #60f5b808
 import hashlib
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..base.errors import one_of
 from ..base.runtime import ConfigError, explain, import_timm
-from .inputs import ImageInput, _one_of
+from .inputs import ImageInput
 from .weights import SHIPPED, fingerprint, load_into, load_state, weights_for
 
 # %% ../../nbs/2_features/21_cnn.ipynb #705d5e3d
@@ -41,7 +42,7 @@ class CnnBackbone(ImageInput):
         self.dims = tuple(cnn.feature_info.channels()); self.dim = sum(self.dims)
         self.depth, self.prefix, self.heads, self.has_cls = len(self.strides), 0, 0, False
 
-# %% ../../nbs/2_features/21_cnn.ipynb #191d1859
+# %% ../../nbs/2_features/21_cnn.ipynb #69b4df63
 @patch
 def tokens(
     self: CnnBackbone,
@@ -52,7 +53,7 @@ def tokens(
     "Features at one stride, or of all strides side by side."
     maps = self.cnn(self.prepare(x))
     if block not in (None, -1):
-        _one_of("block", block, range(self.depth))
+        one_of("block", block, range(self.depth))
         return maps[block]
     if self.balance and norm: maps = [F.normalize(m, dim=1) for m in maps]
     size = maps[0].shape[2:]
@@ -115,7 +116,7 @@ def is_cnn(
     timm = import_timm(); model = _MODELS.get(name, name)
     return timm.is_model(model) and timm.models.is_model_in_modules(model, FAMILIES)
 
-# %% ../../nbs/2_features/21_cnn.ipynb #eff17a9a
+# %% ../../nbs/2_features/21_cnn.ipynb #bc3569ec
 def _features_of(model, strides, seed):
     "A timm CNN that returns the maps of these strides, the strides in order, and its arch."
     make = import_timm().create_model
@@ -126,4 +127,10 @@ def _features_of(model, strides, seed):
             raise ConfigError(explain("strides", strides, f"some of {tuple(known)}"))
         kwargs = dict(features_only=True, out_indices=tuple(known.index(s) for s in strides))
         torch.manual_seed(seed)
-        return make(model, pretrained=False, **kwargs), strides, dict(model=model, kwargs=kwargs)
+        made = _trim(make(model, pretrained=False, **kwargs))
+        return made, strides, dict(model=model, kwargs=kwargs)
+
+def _trim(cnn):
+    "Drop the stages of a timm network behind the last one that is read; some keep them."
+    if hasattr(cnn, "_stage_out_idx"): cnn.blocks = cnn.blocks[:max(cnn._stage_out_idx)]
+    return cnn

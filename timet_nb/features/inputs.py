@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/2_features/inputs.html.md"""
 # %% auto #0
 __all__ = ['POSITION_RULES', 'NORMALISE', 'fit_size', 'check_images', 'resize_positions', 'ImageInput']
 
-# %% ../../nbs/2_features/21_inputs.ipynb #e9e412cd
+# %% ../../nbs/2_features/21_inputs.ipynb #691aab83
 import math
 
 import torch
@@ -15,9 +15,10 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..base.errors import one_of
 from ..base.runtime import ConfigError, DataError, explain
 
-# %% ../../nbs/2_features/21_inputs.ipynb #31d369dc
+# %% ../../nbs/2_features/21_inputs.ipynb #b699e1da
 def fit_size(
     height: int,           # image height in pixels
     width: int,            # image width in pixels
@@ -26,7 +27,7 @@ def fit_size(
 ) -> tuple[int, int]:      # (H, W): multiples, at least one patch each
     "Find the nearest image size that whole patches fill."
     turn = dict(nearest=lambda v: int(v + .5), down=math.floor, up=math.ceil)
-    if how not in turn: raise ConfigError(explain("how", repr(how), ", ".join(turn)))
+    one_of("how", how, turn)
     return tuple(max(turn[how](v / multiple), 1) * multiple for v in (height, width))
 
 # %% ../../nbs/2_features/21_inputs.ipynb #55ffd20f
@@ -70,12 +71,8 @@ def _check_range(x):
         raise DataError(explain("images", f"values from {low:.3g} to {high:.3g}", _WANT,
                                 "divide by 255; do not normalise, the backbone does"))
 
-# %% ../../nbs/2_features/21_inputs.ipynb #43f5f7d8
+# %% ../../nbs/2_features/21_inputs.ipynb #9067dac4
 POSITION_RULES = ("bicubic", "timm", "dino")
-
-def _one_of(what, value, known):
-    "Refuse a setting that is not in the list."
-    if value not in known: raise ConfigError(explain(what, repr(value), ", ".join(map(str, known))))
 
 def resize_positions(
     table: Tensor,          # (1, P + N, D) learned positions; the first P belong to prefix tokens
@@ -85,7 +82,7 @@ def resize_positions(
     prefix: int = 1,        # P: rows that are kept as they are
 ) -> Tensor:                # (1, P + h*w, D)
     "Resize a table of position embeddings; an equal grid returns the table itself."
-    _one_of("resize", rule, POSITION_RULES)
+    one_of("resize", rule, POSITION_RULES)
     if (rows := table.shape[1]) != prefix + old[0] * old[1]:
         raise DataError(explain("positions", f"{rows} rows", f"{prefix} + {old[0]} x {old[1]}"))
     if tuple(old) == tuple(new): return table
@@ -117,7 +114,7 @@ def _constants(normalise, model_cfg):
         normalise = NORMALISE[normalise]
     return [torch.tensor(v, dtype=torch.float32).reshape(1, 3, 1, 1) for v in normalise]
 
-# %% ../../nbs/2_features/21_inputs.ipynb #3deaa7a9
+# %% ../../nbs/2_features/21_inputs.ipynb #e6af295f
 class ImageInput(nn.Module):
     "What every backbone does with images: sizes, colours, checks."
 
@@ -130,7 +127,7 @@ class ImageInput(nn.Module):
     ):
         "Keep sizes and colours; colours are no part of a state dict."
         super().__init__()
-        _one_of("on_size", on_size, ("error", "resize"))
+        one_of("on_size", on_size, ("error", "resize"))
         self.patch, self.multiple, self.on_size = patch, multiple, on_size
         for n, v in zip(("mean", "std"), _constants(normalise, cfg or {})):
             self.register_buffer(n, v, persistent=False)

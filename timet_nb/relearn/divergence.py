@@ -7,12 +7,12 @@ Docs: https://timet-nb.github.io/timet_nb/8_relearn/divergence.html.md"""
 # %% auto #0
 __all__ = ['REDUCTIONS', 'FORMS', 'change_logits', 'diff_divergence', 'prediction_loss']
 
-# %% ../../nbs/8_relearn/81_divergence.ipynb #fe91e846
+# %% ../../nbs/8_relearn/81_divergence.ipynb #9dba0ab9
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..base.runtime import ConfigError, DataError, explain
+from ..base.runtime import ConfigError, DataError, expect, explain
 
 # %% ../../nbs/8_relearn/81_divergence.ipynb #0c18b60f
 REDUCTIONS = ("sum", "mean", "none")
@@ -34,7 +34,7 @@ def _kl(a, b, form, eps):
     p, q = a.log_softmax(-1), b.log_softmax(-1)
     return p.exp() * (p - q)
 
-# %% ../../nbs/8_relearn/81_divergence.ipynb #32cbe10a
+# %% ../../nbs/8_relearn/81_divergence.ipynb #d799f3d8
 def diff_divergence(
     pred: Tensor,               # (B, T, C, H, W)
     true: Tensor,               # (B, T, C, H, W)
@@ -42,10 +42,12 @@ def diff_divergence(
     reduction: str = "sum",     # "sum" of steps and pixels, as printed; "mean", as shipped; "none"
     form: str = "log_softmax",  # "eps": quotients with a small number in the logarithm, as shipped
     eps: float = 1e-12,         # that small number
+    finite: bool = True,        # refuse NaN and infinity; a training loop looks for them itself
 ) -> Tensor:                    # one number, mean of clips; (B,) sums for "none"; 0 below 3 frames
     "Compare where two clips change: KL(prediction || truth) of the softmax of frame differences."
     if pred.shape != true.shape or pred.ndim != 5: raise DataError(explain(
         "clips", f"{tuple(pred.shape)} and {tuple(true.shape)}", "one shape (B, T, C, H, W)"))
+    for name, x in (("pred", pred), ("true", true)): expect(x, "B T C H W", name, finite=finite)
     if tau <= 0: raise ConfigError(explain("tau", tau, "a number above 0"))
     for name, value, known in (("reduction", reduction, REDUCTIONS), ("form", form, FORMS)):
         if value not in known: raise ConfigError(explain(name, repr(value), ", ".join(known)))
@@ -55,7 +57,7 @@ def diff_divergence(
     each = terms.flatten(1).sum(1)
     return each if reduction == "none" else each.mean()
 
-# %% ../../nbs/8_relearn/81_divergence.ipynb #1e8d0fd8
+# %% ../../nbs/8_relearn/81_divergence.ipynb #82d7ac4d
 def prediction_loss(
     pred: Tensor,            # (B, T, C, H, W)
     true: Tensor,            # (B, T, C, H, W)
@@ -67,5 +69,5 @@ def prediction_loss(
     "Squared error, averaged over everything, plus the weighted regulariser."
     mse = F.mse_loss(pred, true)
     if not alpha: return dict(loss=mse, mse=mse)
-    reg = diff_divergence(pred, true, tau, reduction, form)
+    reg = diff_divergence(pred, true, tau, reduction, form, finite=False)
     return dict(loss=mse + alpha * reg, mse=mse, reg=reg)

@@ -105,17 +105,7 @@ class Support:
     "What the model keeps of K annotated pictures."
     maps: tuple[Tensor, ...]   # (B or 1, K, C_l, h_l, w_l) features of the masked pictures
 
-# %% ../../nbs/8_relearn/82_fewshot.ipynb #3e6e50de
-def _finest(neck):
-    "Drop the nodes that the finest output does not listen to: nobody reads the other outputs."
-    wanted = {next(n.id for n in neck.graph if n.output and n.level == 0)}
-    for node in reversed(neck.graph):
-        if node.id in wanted: wanted |= set(node.inputs)
-    kept = [(n, j) for n, j in zip(neck.graph, neck.joints) if n.id in wanted]
-    neck.graph, neck.joints = tuple(n for n, _ in kept), nn.ModuleList(j for _, j in kept)
-    return neck
-
-# %% ../../nbs/8_relearn/82_fewshot.ipynb #87ce1212
+# %% ../../nbs/8_relearn/82_fewshot.ipynb #1be5554b
 class FewShotNet(nn.Module):
     "STCR's image model: pseudo mask, fusion across resolutions, head."
     def __init__(self,
@@ -128,7 +118,7 @@ class FewShotNet(nn.Module):
         if c.size % self.pyramid.multiple: raise ConfigError(explain(
             "size", c.size, f"a multiple of {self.pyramid.multiple}, the coarsest stride"))
         self.mixers = nn.ModuleList(nn.Conv2d(1 + 2 * d, c.width, 1) for d in self.pyramid.dims)
-        self.neck = _finest(GiraffeNeck((c.width,) * self.pyramid.levels, c.width, c.layers))
+        self.neck = GiraffeNeck((c.width,) * self.pyramid.levels, c.width, c.layers, read=(0,))
         self.head = nn.Sequential(nn.Conv2d(c.width, c.width, 3, padding=1), nn.ReLU(),
                                   nn.Conv2d(c.width, 2, 1))
 
@@ -137,14 +127,15 @@ class FewShotNet(nn.Module):
         "Where it lives."
         return next(self.parameters()).device
 
-# %% ../../nbs/8_relearn/82_fewshot.ipynb #6750a656
+# %% ../../nbs/8_relearn/82_fewshot.ipynb #8ee84378
 @patch
 def support(
     self: FewShotNet,
-    images: Tensor | Sequence[Tensor],   # (K, 3, H, W) or K pictures of any sizes, RGB in [0, 1]
-    masks: Tensor | Sequence[Tensor],    # (K, H, W) ids: 1 the object, 0 and 255 not
+    images: Tensor | Sequence[Tensor],   # (K, 3, H, W), one (3, H, W), or K of any sizes, in [0, 1]
+    masks: Tensor | Sequence[Tensor],    # (K, H, W) or as many ids: 1 the object, the rest not
 ) -> Support:                            # of batch 1
     "Look at annotated pictures: the background is blacked out first."
+    if isinstance(images, Tensor) and images.ndim == 3: images, masks = [images], [masks]
     if len(images) != len(masks) or not len(images): raise DataError(explain(
         "support", f"{len(images)} pictures, {len(masks)} masks", "one mask a picture"))
     pairs = [self._pair(x, m, n) for n, (x, m) in enumerate(zip(images, masks))]
@@ -163,7 +154,7 @@ def look(
     maps = [m.unflatten(0, images.shape[:2]) for m in maps]
     return Support(tuple(maps if how == "image" else (masked_features(m, masks) for m in maps)))
 
-# %% ../../nbs/8_relearn/82_fewshot.ipynb #c28d5685
+# %% ../../nbs/8_relearn/82_fewshot.ipynb #10e44c75
 @patch
 def _pair(self: FewShotNet, image, mask, n):
     "One picture and its mask on the square."
@@ -171,9 +162,9 @@ def _pair(self: FewShotNet, image, mask, n):
     m = expect(torch.as_tensor(mask), "H W", f"support mask {n}")
     if m.shape != x.shape[1:]: raise DataError(explain(
         f"support mask {n}", f"{tuple(m.shape)}", f"{tuple(x.shape[1:])}, as its picture"))
-    if bool((m == 255).any()) and not bool((m == 1).any()): raise DataError(explain(
-        f"support mask {n}", "255 and no 1: 255 means unknown", "1 on the object",
-        "(mask > 0).long()"))
+    if bool((m != 0).any()) and not bool((m == 1).any()): raise DataError(explain(
+        f"support mask {n}", f"{[round(v, 3) for v in m.unique().tolist()[:4]]} and no 1",
+        "1 on the object, 0 elsewhere; 255 means unknown", "(mask > 0).long()"))
     x, m, size = x[None].to(self.device), m[None].to(self.device), self.config.size
     return square_images(x, size), square_masks(m, size)
 
@@ -201,7 +192,7 @@ def fuse(
         fused.append(mix(torch.cat([enlarge(where, q.shape[2:]), q, shown], 1)))
     return self.neck(fused)[0]
 
-# %% ../../nbs/8_relearn/82_fewshot.ipynb #82007c51
+# %% ../../nbs/8_relearn/82_fewshot.ipynb #c1ff22e8
 @patch
 def forward(
     self: FewShotNet,
@@ -221,15 +212,19 @@ def predict(
 ) -> Tensor:              # (B, H, W) probability of the object
     "How sure the model is of the object, pixel by pixel."
     expect(queries, "B 3 H W", "queries", "float")
+    if not len(queries): raise DataError(explain("queries", "no picture", "one or more"))
     return self(queries, support).softmax(1)[:, 1]
 
-# %% ../../nbs/8_relearn/82_fewshot.ipynb #033f443d
+# %% ../../nbs/8_relearn/82_fewshot.ipynb #5c9303a1
 def create_fewshot(
     config: FewShotConfig = FewShotConfig(),   # sizes
     seed: int = 0,                             # of the random weights
     **options,                                 # of `create_backbone`: path, ...
 ) -> FewShotNet:                               # in eval mode, untrained but for its backbone
     "Build an image model."
+    if mine := set(options) & set(asdict(config)): raise ConfigError(explain(
+        "options", ", ".join(sorted(mine)), "options of the backbone only",
+        f"FewShotConfig({', '.join(f'{k}=...' for k in sorted(mine))}) holds the model's own"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pyramid = create_pyramid(config.backbone, config.strides, config.pretrained,
@@ -255,7 +250,7 @@ def save(
     state = {k: _halved(v) if half else v for k, v in self.state_dict().items()}
     return save_state(path, state, dict(kind=KIND, config=asdict(self.config), **(notes or {})))
 
-# %% ../../nbs/8_relearn/82_fewshot.ipynb #5cb229cf
+# %% ../../nbs/8_relearn/82_fewshot.ipynb #16e8771c
 def shipped_images(
     listens: bool = False,   # the model that was taught to use its support
 ) -> Path | None:            # None: this is no checkout, or it has none
@@ -273,7 +268,8 @@ def load_fewshot(
         "python -m timet_nb.relearn.image_phase --out stcr-mini.safetensors makes it again"))
     state, notes = load_state(path), load_header(path)
     if notes.get("kind") != KIND: raise CheckpointError(explain(
-        str(path), f"kind {notes.get('kind')!r}", "a file of FewShotNet.save"))
+        str(path), f"kind {notes.get('kind')!r}", "a file of FewShotNet.save",
+        "a relearned student belongs to its video; its image model lies beside it"))
     config = FewShotConfig(**check_config(FewShotConfig, notes.get("config", {})))
     net = FewShotNet(config, create_pyramid(config.backbone, config.strides, False))
     load_into(net, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, 1.,

@@ -110,7 +110,17 @@ def _per_level(value, n, name):
     if len(value) == n and all(v > 0 for v in value): return value
     raise ConfigError(explain(name, value, f"{n} numbers above 0, one a level"))
 
-# %% ../../nbs/8_relearn/82_giraffe.ipynb #5d1f451e
+# %% ../../nbs/8_relearn/82_giraffe.ipynb #bcf1dbdc
+def _heard_by(graph, read, levels):
+    "Places in the graph of the nodes that the outputs of these levels depend on."
+    if not set(read) <= set(range(levels)) or not len(read): raise ConfigError(explain(
+        "read", tuple(read), f"some of the levels 0 to {levels - 1}"))
+    wanted = {n.id for n in graph if n.output and n.level in read}
+    for node in reversed(graph):
+        if node.id in wanted: wanted |= set(node.inputs)
+    return tuple(i for i, n in enumerate(graph) if n.id in wanted)
+
+# %% ../../nbs/8_relearn/82_giraffe.ipynb #8bba11d4
 class GiraffeNeck(nn.Module):
     "Join maps of several levels, layer by layer, along a graph."
     def __init__(self,
@@ -120,17 +130,21 @@ class GiraffeNeck(nn.Module):
         width: int | tuple[int, ...] | None = None,   # channels inside, a level; None: `channels`
         eps: float = 1e-5,               # of the norms; shipped: 1e-3 is asked for, 1e-5 arrives
         without: tuple[str, ...] = (),   # kinds of edges to leave out, see `giraffe_graph`
+        read: tuple[int, ...] | None = None,   # levels whose outputs are wanted; None: all
     ):
         super().__init__()
         n = len(channels)
         self.channels, self.eps = tuple(channels), eps
         self.out = _per_level(out, n, "out")
         self.width = _per_level(self.channels if width is None else width, n, "width")
-        self.graph = giraffe_graph(n, layers, without)
-        comes = dict(enumerate(self.channels)); self.joints = nn.ModuleList()
-        for node in self.graph:
+        whole = giraffe_graph(n, layers, without)
+        comes, joints = dict(enumerate(self.channels)), []
+        for node in whole:
             comes[node.id] = (self.out if node.output else self.width)[node.level]
-            self.joints.append(Joint(sum(comes[i] for i in node.inputs), comes[node.id], eps))
+            joints.append(Joint(sum(comes[i] for i in node.inputs), comes[node.id], eps))
+        kept = _heard_by(whole, range(n) if read is None else read, n)
+        self.graph = tuple(whole[i] for i in kept)
+        self.joints = nn.ModuleDict({str(i): joints[i] for i in kept})    # by place in the whole
 
 # %% ../../nbs/8_relearn/82_giraffe.ipynb #f2d012eb
 def _check_maps(maps, channels):
@@ -142,21 +156,21 @@ def _check_maps(maps, channels):
     if grows or len({s[0] for s in got}) > 1: raise DataError(explain(
         "maps", got, "one B, and grids that do not grow", "give them fine to coarse"))
 
-# %% ../../nbs/8_relearn/82_giraffe.ipynb #c555bf6f
+# %% ../../nbs/8_relearn/82_giraffe.ipynb #3e5f3c1e
 @patch
 def forward(
     self: GiraffeNeck,
     maps: list[Tensor],   # (B, C_l, h_l, w_l), fine to coarse; the list is left as it is
-) -> list[Tensor]:        # (B, out_l, h_l, w_l), the same grids
+) -> list[Tensor]:        # (B, out_l, h_l, w_l) of the levels read, the same grids
     "Walk the graph."
     _check_maps(maps, self.channels)
     sizes, known = [x.shape[-2:] for x in maps], dict(enumerate(maps))
-    for node, joint in zip(self.graph, self.joints):
+    for node, joint in zip(self.graph, self.joints.values()):
         parts = [resample(known[i], sizes[node.level]) for i in node.inputs]
         known[node.id] = joint(torch.cat(parts, 1))
     return [known[node.id] for node in self.graph if node.output]
 
-# %% ../../nbs/8_relearn/82_giraffe.ipynb #7f4516a6
+# %% ../../nbs/8_relearn/82_giraffe.ipynb #c2225420
 _NAME = re.compile(r"(?:^|\.)fnode\.(\d+)\.after_combine\.(conv1x1|conv\.conv|conv\.bn)\.(\w+)$")
 _PART = {"conv1x1": "mix", "conv.conv": "conv", "conv.bn": "norm"}
 
@@ -174,5 +188,6 @@ def load(
     state: dict[str, Tensor],   # official names or ours
     source: str = "",           # a name for messages
 ) -> LoadReport:                # everything matched, else a CheckpointError
-    "Fill the neck; every tensor must be there and fit."
-    return load_into(self, giraffe_state(state), 1., source)
+    "Fill the neck; every tensor must be there and fit. Joints that it spares are left out."
+    mine = {k: v for k, v in giraffe_state(state).items() if k.split(".")[1] in self.joints}
+    return load_into(self, mine, 1., source)

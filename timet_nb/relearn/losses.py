@@ -8,22 +8,19 @@ Docs: https://timet-nb.github.io/timet_nb/8_relearn/losses.html.md"""
 __all__ = ['AXES', 'DIVISORS', 'safe_cosine', 'frame_cosines', 'temporal_loss', 'feature_loss', 'prediction_loss',
            'ConsistencyConfig', 'consistency']
 
-# %% ../../nbs/8_relearn/83_losses.ipynb #e68771cc
+# %% ../../nbs/8_relearn/83_losses.ipynb #30928c5e
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..base.errors import one_of
 from ..base.runtime import ConfigError, DataError, expect, explain
 
-# %% ../../nbs/8_relearn/83_losses.ipynb #131750df
+# %% ../../nbs/8_relearn/83_losses.ipynb #142387fe
 AXES = ("pixel", "whole")
 DIVISORS = dict(temporal=("paper", "pairs"), feature=("elements", "channels", "sum"),
                 prediction=("elements", "frames"))
-
-def _known(name, value, known):
-    "Refuse an option that is not there."
-    if value not in known: raise ConfigError(explain(name, repr(value), ", ".join(known)))
 
 # %% ../../nbs/8_relearn/83_losses.ipynb #9f5bdd95
 def safe_cosine(
@@ -37,25 +34,25 @@ def safe_cosine(
     live = size > eps
     return torch.where(live, (a * b).sum(dim) / torch.where(live, size, 1.), 0.)
 
-# %% ../../nbs/8_relearn/83_losses.ipynb #2fbc88fa
+# %% ../../nbs/8_relearn/83_losses.ipynb #6c9c9b03
 def frame_cosines(
     f: Tensor,                # (T, C, h, w)
     axis: str = "pixel",      # "pixel": one cosine a cell, then their mean; "whole": one a frame
 ) -> Tensor:                  # (T-1,) in [-1, 1]
     "How much every frame resembles the next."
-    _known("axis", axis, AXES)
+    one_of("axis", axis, AXES)
     expect(f, "T C h w", "f", dtype="float")
     if axis == "whole": return safe_cosine(f[:-1].flatten(1), f[1:].flatten(1))
     return safe_cosine(f[:-1], f[1:]).mean((1, 2))
 
-# %% ../../nbs/8_relearn/83_losses.ipynb #38096d82
+# %% ../../nbs/8_relearn/83_losses.ipynb #b8a76a0b
 def temporal_loss(
     f: Tensor,                  # (T, C, h, w) features of consecutive frames, after the TAU block
     axis: str = "pixel",        # see `frame_cosines`
     divisor: str = "paper",     # "paper": T, least value 1/T; "pairs": T-1, least value 0
 ) -> Tensor:                    # one number; 0, with gradient 0, for a single frame
     "One minus the mean cosine of neighbouring frames."
-    _known("divisor", divisor, DIVISORS["temporal"])
+    one_of("divisor", divisor, DIVISORS["temporal"])
     cosines = frame_cosines(f, axis)
     if len(f) < 2: return 0 * f.sum()
     return 1 - cosines.sum() / (len(f) - (divisor == "pairs"))
@@ -68,25 +65,25 @@ def _squares(a, b, name):
         "one shape, four axes, frames first"))
     return (a - b.detach()).square().sum()
 
-# %% ../../nbs/8_relearn/83_losses.ipynb #b826e498
+# %% ../../nbs/8_relearn/83_losses.ipynb #8b627cc0
 def feature_loss(
     z_hat: Tensor,               # (T, C, h, w) student's fused features, before the TAU block
     z: Tensor,                   # (T, C, h, w) teacher's; takes no gradient
     divisor: str = "elements",   # T times D, where D is "elements": C*h*w, "channels": C, "sum": 1
 ) -> Tensor:                     # one number >= 0
     "Squared distance of the student's features from the teacher's."
-    _known("divisor", divisor, DIVISORS["feature"])
+    one_of("divisor", divisor, DIVISORS["feature"])
     total, (T, C, h, w) = _squares(z_hat, z, "features"), z_hat.shape
     return total / (T * {"elements": C * h * w, "channels": C, "sum": 1}[divisor])
 
-# %% ../../nbs/8_relearn/83_losses.ipynb #40d53d55
+# %% ../../nbs/8_relearn/83_losses.ipynb #c8239f5a
 def prediction_loss(
     y_hat: Tensor,               # (T, 2, H, W) student's probabilities
     y: Tensor,                   # (T, 2, H, W) teacher's; takes no gradient
     divisor: str = "elements",   # all of them; "frames": T, as printed
 ) -> Tensor:                     # one number >= 0
     "Squared distance of the student's predictions from the teacher's."
-    _known("divisor", divisor, DIVISORS["prediction"])
+    one_of("divisor", divisor, DIVISORS["prediction"])
     for x, name in ((y_hat, "y_hat"), (y, "y")): _check_maps(x, name)
     return _squares(y_hat, y, "predictions") / (y.numel() if divisor == "elements" else len(y))
 
@@ -96,7 +93,7 @@ def _check_maps(y, name):
     if not -1e-3 <= low <= high <= 1.001: raise DataError(explain(
         name, f"values from {low:.3g} to {high:.3g}", "probabilities", "softmax(1) first"))
 
-# %% ../../nbs/8_relearn/83_losses.ipynb #31b2feca
+# %% ../../nbs/8_relearn/83_losses.ipynb #303f4d12
 @dataclass(frozen=True)
 class ConsistencyConfig:
     "Weights and readings of the relearning loss; the paper prints neither weights nor axis."
@@ -110,9 +107,9 @@ class ConsistencyConfig:
 
     def __post_init__(self):
         "Refuse what cannot be."
-        _known("axis", self.axis, AXES)
+        one_of("axis", self.axis, AXES)
         for name, known in DIVISORS.items():
-            _known(f"{name}_divisor", getattr(self, f"{name}_divisor"), known)
+            one_of(f"{name}_divisor", getattr(self, f"{name}_divisor"), known)
             if not 0 <= getattr(self, name) < float("inf"): raise ConfigError(explain(
                 f"weight {name}", getattr(self, name), "a number >= 0; 0 leaves the term out"))
 

@@ -8,11 +8,12 @@ Docs: https://timet-nb.github.io/timet_nb/8_relearn/predict.html.md"""
 __all__ = ['OneCycle', 'PredictTrainConfig', 'train_predictor', 'predict', 'copy_last', 'evaluate_predictor', 'grey', 'windows',
            'read_frames', 'run']
 
-# %% ../../nbs/8_relearn/81_predict.ipynb #741b926f
+# %% ../../nbs/8_relearn/81_predict.ipynb #d58351a5
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 import math
 from pathlib import Path
+import re
 
 import torch
 from torch import Tensor
@@ -20,10 +21,11 @@ from torch.nn import functional as F
 
 from ..base.order import make_loader
 from ..base.rates import cosine
-from ..base.record import write_json
-from ..base.runtime import ConfigError, DataError, explain, pick_device
+from ..base.record import table, write_json
+from ..base.runtime import ConfigError, DataError, expect, explain, new_folder, pick_device
 from ..base.train import FitResult, fit
-from ..data.decode import resize, write_image
+from ..data.decode import read_image, resize, write_image
+from ..data.dicom import is_dicom, iter_dicom
 from ..data.digits import DigitWorld, MovingDigits
 from ..data.frames import ClipReader
 from ..data.layout import find_layout
@@ -149,12 +151,13 @@ def windows(
     "Cut a clip into overlapping windows."
     return [frames[k:k + n] for k in range(0, len(frames) - n + 1, step)]
 
-# %% ../../nbs/8_relearn/81_predict.ipynb #cfc286e3
+# %% ../../nbs/8_relearn/81_predict.ipynb #bbc11604
 def read_frames(
-    source: str | Path,         # video, folder of frames or clips, .npy, or the word digits
+    source: str | Path,         # video, folder of frames or clips, DICOM, .npy, or the word digits
     config: SimvpConfig,        # colours and size
     size: tuple[int, int],      # (H, W) to resize to
     most: int = 2000,           # frames of a clip that are kept at most: its last ones
+    mixed: bool = False,        # take frames of several sizes; otherwise the odd one is named
 ) -> tuple[dict[str, Tensor], list[str]]:   # {clip: (N, C, H, W) in [0, 1]}, what was left out
     "Read every clip of a source as the model wants it; memory does not grow with its length."
     if str(source) == "digits":
@@ -164,34 +167,51 @@ def read_frames(
     if str(source).endswith(".npy"):
         return {Path(source).stem: _from_array(source, config, size)}, []
     out, notes = {}, []
-    for clip in find_layout(source):
-        frames, n = _last_frames(clip, size, most)
-        out[clip.name] = frames if config.channels == 3 else grey(frames)
-        if n > most: notes.append(f"{clip.name}: the last {most} of {n} frames were used")
+    for name, film in _films(source, mixed):
+        frames, n = _last_frames(film, size, most)
+        out[name] = frames if config.channels == 3 else grey(frames)
+        if n > most: notes.append(f"{name}: the last {most} of {n} frames were used")
     return out, notes
 
-# %% ../../nbs/8_relearn/81_predict.ipynb #922c6c30
-def _last_frames(clip, size, most):
+# %% ../../nbs/8_relearn/81_predict.ipynb #4ed17b7d
+def _films(source, mixed):
+    "Name and frames of every clip; the frames are (3, H, W), one at a time."
+    if is_dicom(source): return [(Path(source).stem, iter_dicom(source))]
+    return [(clip.name, _frames_of(clip, mixed)) for clip in find_layout(source)]
+
+def _frames_of(clip, mixed):
+    "Frames of a clip; one of another size is refused, unless they may be mixed."
+    try: yield from (map(read_image, clip.frames) if mixed and clip.frames
+                     else (frame for frame, _ in ClipReader(clip)))
+    except DataError as e:
+        advice = "--size HxW (size=) brings all to one size"
+        raise DataError(str(e).replace("size=(H, W) brings all to one size", advice)) from e
+
+# %% ../../nbs/8_relearn/81_predict.ipynb #745c16af
+def _last_frames(film, size, most):
     "The last frames of a clip, (N, 3, H, W), and how many there are in all."
     kept, n = deque(maxlen=most), 0
-    for frame, _ in ClipReader(clip): kept.append(resize(frame, size)); n += 1
+    for frame in film: kept.append(resize(frame, size)); n += 1
     return torch.stack(list(kept)), n
 
-# %% ../../nbs/8_relearn/81_predict.ipynb #c1a07334
+# %% ../../nbs/8_relearn/81_predict.ipynb #bf2e481b
 def _from_array(path, config, size):
     "A clip from an array file."
     import numpy as np
-    try: x = torch.from_numpy(np.load(path, allow_pickle=False))
+    try: x = np.asarray(np.load(path, allow_pickle=False))
     except (OSError, ValueError, TypeError) as e:
         raise DataError(explain(str(path), str(e)[:80],
                                 "an array (T, C, H, W) or (T, H, W)")) from e
-    x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+    x = x / np.float32(255) if x.dtype == np.uint8 else x
     x = x[:, None] if x.ndim == 3 else x
     if x.ndim != 4 or x.shape[1] not in (1, config.channels): raise DataError(explain(
         str(path), f"shape {tuple(x.shape)}", f"(T, {config.channels}, H, W) or (T, H, W)"))
+    expect(x, "T C H W", str(path), ("float", "int", "bool"), low=0, high=1)
+    x = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
     if x.shape[-2:] != size: x = F.interpolate(x, size, mode="bilinear", antialias=True)
     return x.expand(-1, config.channels, -1, -1)
 
+# %% ../../nbs/8_relearn/81_predict.ipynb #1dca4b20
 def _digit_world(config, size, lengths, split):
     "Digits on the canvas of a model; clips of so many times T."
     side = min(size)
@@ -199,15 +219,18 @@ def _digit_world(config, size, lengths, split):
 
 def _size_for(config, size):
     "The (H, W) of the frames: asked for, or that of the model; sides that its stride divides."
-    H, W = config.size if not size else (int(s) for s in (str(size).split("x") * 2)[:2])
+    words = re.fullmatch(r"(\d+)(?:x(\d+))?", str(size or "x".join(map(str, config.size))))
+    H, W = (int(words[1]), int(words[2] or words[1])) if words else (0, 0)
+    if min(H, W) < 8: raise ConfigError(explain(
+        "--size", repr(size), "a side or HxW in pixels, 8 or more: 64, or 64x96"))
     s = config.stride
     return max(s, H // s * s), max(s, W // s * s)
 
-# %% ../../nbs/8_relearn/81_predict.ipynb #e40b625e
+# %% ../../nbs/8_relearn/81_predict.ipynb #5409565f
 def run(
-    source: str,              # video, folder of frames or clips, .npy array, or the word digits
+    source: str,              # video, folder of frames or clips, DICOM, .npy, or the word digits
     weights: str = "",        # ours or OpenSTL's; "": a small one is trained on the source
-    out: str = "predicted",   # folder for frames, the clip as GIF, and answers.json
+    out: str = "predicted",   # new folder: frames and GIF of each clip, answers.json, the model
     frames: int = 0,          # how many to predict; 0: as many as the model looks at
     ahead: bool = False,      # predict beyond the end; otherwise the known end, with scores
     size: str = "",           # side, or HxW, pixels; "": the model's own
@@ -215,18 +238,29 @@ def run(
     seed: int = 0,            # of that training
     device: str = "auto",     # auto, cpu, cuda
 ) -> dict:                    # {clip: metrics of model and copy, or nothing when ahead}
-    "Predict how clips go on; write the frames, and scores where the truth is known."
-    device = pick_device(device)
-    model = load_simvp(weights) if weights else create_simvp(_mini(source), seed)
+    "Predict how clips go on; write the frames, print and write scores where the truth is known."
+    out, device = new_folder(out, source), pick_device(device)
+    model = _open(source, weights, frames, size, steps, seed)
     hw, T = _size_for(model.config, size), model.config.frames
     n = frames or T
     need = T if ahead else T + n
-    clips, cut = read_frames(source, model.config, hw, need if weights else 2000)
+    clips, cut = read_frames(source, model.config, hw, need if weights else 2000, bool(size))
     clips, notes = _long_enough(clips, need, source, T)
-    if not weights: notes += cut
-    how = PredictTrainConfig(steps, lr=5e-3)
-    if not weights: notes += _learn(model, source, clips, n, ahead, how, seed, device)
-    return _answer(model.to(device), clips, n, ahead, Path(out), notes)
+    if not weights:
+        how = PredictTrainConfig(steps, lr=5e-3)
+        notes += cut + _learn(model, source, clips, n, ahead, how, seed, device, out)
+    return _answer(model.to(device), clips, n, ahead, out, notes)
+
+# %% ../../nbs/8_relearn/81_predict.ipynb #d4f9b53e
+def _open(source, weights, frames, size, steps, seed):
+    "The predictor: read, or a small new one that knows its size; numbers are checked first."
+    if frames < 0: raise ConfigError(explain(
+        "--frames", frames, "1 or more, or 0: as many as the model looks at"))
+    if weights: return load_simvp(weights)
+    if steps < 1: raise ConfigError(explain(
+        "--steps", steps, "1 or more", "to train nothing, give --weights"))
+    config = _mini(source)
+    return create_simvp(replace(config, size=_size_for(config, size)), seed)
 
 # %% ../../nbs/8_relearn/81_predict.ipynb #5826957e
 def _long_enough(clips, need, source, T):
@@ -239,14 +273,14 @@ def _long_enough(clips, need, source, T):
     notes = [f"{k}: left out, {m} frames of {need}" for k, m in short.items()]
     return {k: v for k, v in clips.items() if k not in short}, notes
 
-# %% ../../nbs/8_relearn/81_predict.ipynb #361c9b9b
+# %% ../../nbs/8_relearn/81_predict.ipynb #e77fc445
 def _mini(source):
     "Sizes of the predictor that is trained on the spot."
     if str(source) == "digits": return SimvpConfig(4, 1, (32, 32), 8, 48, 2, 3, mlp_ratio=2)
     return SimvpConfig(4, 3, (64, 96), 16, 64, 4, 3, mlp_ratio=2)
 
-def _learn(model, source, clips, n, ahead, config, seed, device):
-    "Train on windows of the clips that end before what is predicted, or on endless digits."
+def _learn(model, source, clips, n, ahead, config, seed, device, out):
+    "Train on windows that end before what is predicted, or on endless digits; keep the model."
     T, hw = model.config.frames, next(iter(clips.values())).shape[-2:]
     known = [v if ahead else v[:-n] for v in clips.values()]
     seen = [w for v in known for w in windows(v, 2 * T)]
@@ -256,9 +290,11 @@ def _learn(model, source, clips, n, ahead, config, seed, device):
         "longer clips, or weights"))
     config = replace(config, batch=min(config.batch, len(seen)))
     done = train_predictor(model, seen, config, seed=seed, device=device)
-    return [f"trained for {done.step} steps, last loss {done.history[-1]['loss']:.4f}"]
+    loss = done.history[-1]["loss"]
+    save_simvp(model, out / "model.safetensors", steps=done.step, loss=loss, seed=seed)
+    return [f"trained for {done.step} steps, last loss {loss:.4f}"]
 
-# %% ../../nbs/8_relearn/81_predict.ipynb #5adbabd7
+# %% ../../nbs/8_relearn/81_predict.ipynb #c53a9b67
 def _answer(model, clips, n, ahead, out, notes):
     "Predict every clip, write what was found, and score it."
     T, rows = model.config.frames, {}
@@ -269,10 +305,24 @@ def _answer(model, clips, n, ahead, out, notes):
         answers = {} if ahead else {"model": found[None], "copy": copy_last(given[None], n)}
         rows[name] = {k: frame_metrics(y, truth[None]) for k, y in answers.items()}
         _write(out / name, given[-T:], found, truth)
-    known = lambda d: {m: x if math.isfinite(x) else None for m, x in d.items()}
-    kept = {k: {w: known(d) for w, d in r.items()} for k, r in rows.items()}
-    write_json(out / "answers.json", dict(clips=kept, notes=notes, config=asdict(model.config)))
+    write_json(out / "answers.json", dict(
+        **_scores(rows), notes=notes, config=asdict(model.config)))
     return rows
+
+# %% ../../nbs/8_relearn/81_predict.ipynb #7bdadcdc
+def _scores(rows):
+    "Scores of every clip and their mean, for JSON; printed as a table on the way."
+    names = {w: list(m) for r in rows.values() for w, m in r.items()}
+    mean = {w: {m: sum(r[w][m] for r in rows.values()) / len(rows) for m in ms}
+            for w, ms in names.items()}
+    said = {"model": "model", "copy": "copy of the last frame"}
+    shown = {**(rows if len(rows) < 9 else {}), **({"mean": mean} if len(rows) > 1 else {})}
+    lines = [dict(clip=c, answer=said[w], **{m: r[w][m] for m in ("mse", "mae", "psnr", "ssim")})
+             for c, r in shown.items() for w in r]
+    if lines: print(table(lines, floatfmt=".4f"))
+    known = lambda d: {m: x if math.isfinite(x) else None for m, x in d.items()}
+    kept = {k: {w: known(d) for w, d in r.items()} for k, r in {**rows, "": mean}.items()}
+    return dict(mean=kept.pop(""), clips=kept)
 
 # %% ../../nbs/8_relearn/81_predict.ipynb #cc546c2b
 def _write(folder, given, found, truth):

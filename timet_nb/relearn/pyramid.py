@@ -67,12 +67,7 @@ def _vit_maps(self: Pyramid, x):
         maps.append(F.interpolate(m, scale_factor=k, mode="bilinear") if k > 1 else m)
     return maps
 
-# %% ../../nbs/8_relearn/82_pyramid.ipynb #c7a27851
-def _trim(cnn):
-    "Drop the stages of a timm network behind the last one that is read; some keep them."
-    if hasattr(cnn, "_stage_out_idx"): cnn.blocks = cnn.blocks[:max(cnn._stage_out_idx)]
-
-# %% ../../nbs/8_relearn/82_pyramid.ipynb #9051227e
+# %% ../../nbs/8_relearn/82_pyramid.ipynb #6fb8185f
 def create_pyramid(
     name: str = "efficientnet-lite0-imagenet",   # of `create_backbone`
     strides: tuple[int, ...] = (4, 8, 16),       # of a CNN; of a ViT their number counts
@@ -82,5 +77,4 @@ def create_pyramid(
     "Build a pyramid by the backbone's name."
     if is_cnn(name): options = dict(options, strides=strides, balance=False)
     backbone = create_backbone(name, pretrained=pretrained, **options)
-    if isinstance(backbone, CnnBackbone): _trim(backbone.cnn)
     return Pyramid(backbone, len(strides))

@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/6_sam/discs.html.md"""
 __all__ = ['SHIPPED_DISCS', 'DiscClips', 'disc_clips', 'DiscEyes', 'create_disc_tracker', 'unroll', 'track_loss', 'train_discs',
            'judge_discs', 'load_discs']
 
-# %% ../../nbs/6_sam/61_discs.ipynb #b11c6d3d
+# %% ../../nbs/6_sam/61_discs.ipynb #35e1ce6c
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 import timet_nb
 from ..base.runtime import CheckpointError, explain
+from ..evaluate.boundary import soft_dice
 from ..features.checkpoints import load_state, shipped_weights
 from .bank import recent_frames
 from .release import fill_sam2
@@ -127,7 +128,7 @@ def unroll(
         bank[t] = model.store(seen[t], take(out))
     return [bank[t].found for t in range(1, len(seen))]
 
-# %% ../../nbs/6_sam/61_discs.ipynb #a62140b4
+# %% ../../nbs/6_sam/61_discs.ipynb #c9e832a3
 def track_loss(
     found: list[Found],            # of frames 1, 2, ...
     seen: Tensor,                  # (B, T, H, W) bool, frame 0 too
@@ -141,7 +142,7 @@ def track_loss(
         x = f.low.clamp(-20, 20).flatten(1); p = x.sigmoid()
         cross = F.binary_cross_entropy_with_logits(x, y, reduction="none",
                                                    pos_weight=x.new_tensor(8.))
-        dice = 1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1)
+        dice = 1 - soft_dice(p, y)
         total = total + ((2 * cross.mean(1) + dice) * there).mean()
         total = total + F.binary_cross_entropy_with_logits(f.score[:, 0], there)
     return total / len(found)

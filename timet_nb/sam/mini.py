@@ -10,7 +10,7 @@ __all__ = ['BUDGETS', 'HELD_OUT', 'Kept', 'keep', 'fill_bank', 'MiniTrainConfig'
            'surrounded', 'listening', 'make_mini', 'trained_on', 'main', 'held_out', 'MiniEyes', 'MiniSam', 'SHIPPED',
            'create_mini', 'mini_sam', 'save_mini', 'shipped_sam', 'SamConfig']
 
-# %% ../../nbs/6_sam/60_mini.ipynb #81be4e9e
+# %% ../../nbs/6_sam/60_mini.ipynb #035c814b
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +29,7 @@ from ..base.train import FitResult, fit
 from ..data.classes import class_set
 from ..data.frames import read_clip
 from ..data.layout import find_layout
+from ..evaluate.boundary import soft_dice
 from .clicks import first_click, next_click
 from .mini_model import (
     MiniEyes, MiniSam, SHIPPED, create_mini, mini_sam, save_mini, shipped_sam)
@@ -186,7 +187,7 @@ def correct(
     for k in range(P): _put(more, k, -1, next_click(truth[k], low[k, 0] > 0, _how(rng), rng), rng)
     return more
 
-# %% ../../nbs/6_sam/60_mini.ipynb #63a1da2b
+# %% ../../nbs/6_sam/60_mini.ipynb #e8ba0fa2
 def mask_costs(
     logits: Tensor,               # (P, M, G, G)
     truth: Tensor,                # (P, G, G) bool
@@ -197,8 +198,7 @@ def mask_costs(
     p = torch.where(y, logits, -logits).sigmoid()                   # of being right
     focal = (torch.where(y, .25, .75) * (1 - p)**2 * -F.logsigmoid(torch.where(y, logits, -logits)))
     soft, hard = logits.sigmoid(), logits > 0
-    both, sizes = (soft * y).sum((2, 3)), soft.sum((2, 3)) + y.sum((2, 3))
-    dice = 1 - (2 * both + 1) / (sizes + 1)
+    dice = 1 - soft_dice(soft.flatten(2), y.flatten(2))
     iou = (hard & y).sum((2, 3)) / (hard | y).sum((2, 3)).clamp(min=1)
     return config.focal * focal.mean((2, 3)) + config.dice * dice, iou
 

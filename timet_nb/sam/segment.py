@@ -9,13 +9,14 @@ __all__ = ['ToyEyes', 'toy_sam', 'prompt_loss', 'random_clicks', 'practise', 'Sa
            'mask_on_canvas', 'to_canvas', 'view_on', 'check_boxes', 'check_points', 'guess_config', 'load_sam',
            'rename_vit', 'sam_state', 'Sam', 'SamConfig', 'SamFeatures', 'SamVit', 'create_sam']
 
-# %% ../../nbs/6_sam/60_segment.ipynb #2c0b39ef
+# %% ../../nbs/6_sam/60_segment.ipynb #01097637
 from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from ..base.runtime import DataError, explain
+from ..evaluate.boundary import soft_dice
 from .canvas import (
     SamView, check_boxes, check_points, from_canvas, lay, mask_on_canvas, to_canvas, view_on)
 from .load import guess_config, load_sam, rename_vit, sam_state
@@ -54,7 +55,7 @@ def toy_sam(
         torch.manual_seed(seed); eyes = ToyEyes()
     return create_sam(SamConfig.tiny(encoder="", size=side, stride=8), eyes, seed)
 
-# %% ../../nbs/6_sam/60_segment.ipynb #d284b467
+# %% ../../nbs/6_sam/60_segment.ipynb #5cdb48fa
 def prompt_loss(
     logits: Tensor,              # (B, M, h, w) masks
     guess: Tensor,               # (B, M) guessed IoU
@@ -64,7 +65,7 @@ def prompt_loss(
     y = truth[:, None].float().expand_as(logits)
     p, on = logits.sigmoid(), logits.detach() > 0
     cross = F.binary_cross_entropy_with_logits(logits, y, reduction="none").mean((2, 3))
-    dice = 1 - (2 * (p * y).sum((2, 3)) + 1) / ((p + y).sum((2, 3)) + 1)
+    dice = 1 - soft_dice(p.flatten(2), y.flatten(2))
     each = 3 * cross + dice
     iou = (on & (y > 0)).sum((2, 3)) / (on | (y > 0)).sum((2, 3)).clamp(min=1)
     return each.min(1).values.mean() + .1 * each.mean() + F.mse_loss(guess, iou)
@@ -80,13 +81,13 @@ def random_clicks(
     at = torch.searchsorted(count, nth + 1)
     return torch.stack([at % masks.shape[2], at // masks.shape[2]], -1).float()
 
-# %% ../../nbs/6_sam/60_segment.ipynb #4ca88d17
+# %% ../../nbs/6_sam/60_segment.ipynb #62751bdc
 def practise(
     sam: Sam,                    # learns in place; left in eval mode
     image: Tensor,               # (3, H, W) float RGB in [0, 1]
     masks: Tensor,               # (n, H, W) bool: what a click may mean; none of them empty
     steps: int = 200,            # of eight prompts each
-    lr: float = 5e-3,            # highest learning rate
+    lr: float = 3e-3,            # highest learning rate
     seed: int = 0,               # of the prompts
 ) -> list[float]:                # loss of every step
     "Learn one picture by heart, for lessons and tests."

@@ -7,12 +7,13 @@ Docs: https://timet-nb.github.io/timet_nb/5_sine/pairing.html.md"""
 # %% auto #0
 __all__ = ['sample_points', 'uncertain_points', 'dice_loss', 'match_cost', 'hungarian', 'pair_ids']
 
-# %% ../../nbs/5_sine/52_pairing.ipynb #7b28eced
+# %% ../../nbs/5_sine/52_pairing.ipynb #90cbbb88
 from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from ..base.runtime import ConfigError, DataError, explain
+from ..evaluate.boundary import soft_dice
 
 # %% ../../nbs/5_sine/52_pairing.ipynb #b07b92f8
 def sample_points(
@@ -40,14 +41,13 @@ def uncertain_points(
     if n == sure: return chosen
     return torch.cat([chosen, draw(N, n - sure, 2).to(logits.device)], 1)
 
-# %% ../../nbs/5_sine/52_pairing.ipynb #6fb6d27c
+# %% ../../nbs/5_sine/52_pairing.ipynb #6ea5ec80
 def dice_loss(
     logits: Tensor,    # (N, P) mask logits
     targets: Tensor,   # (N, P) in [0, 1]
 ) -> Tensor:           # (N,) in [0, 1)
     "One minus the overlap; a little 1 makes empty masks harmless."
-    p = logits.sigmoid()
-    return 1 - (2 * (p * targets).sum(1) + 1) / (p.sum(1) + targets.sum(1) + 1)
+    return 1 - soft_dice(logits.sigmoid(), targets)
 
 # %% ../../nbs/5_sine/52_pairing.ipynb #47d72118
 def match_cost(
