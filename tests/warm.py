@@ -3,7 +3,7 @@
 A kernel spends four to five seconds of processor time on importing libraries that are the same for every notebook. Here one process
 a test worker imports them, and nothing of ours, once; each notebook then gets a fork of it. `python -m tests.warm serve DOOR` is that
 process; the kernel that Jupyter starts is `warm.py DOOR -f CONNECTION`, a small client that hands over its folder, environment and standard
-streams and lives as long as its fork does. Linux only; TIMET_COLD=1 gives every notebook an interpreter of its own."""
+streams and lives as long as its fork does. Linux only (pidfd_open); TIMET_COLD=1 gives every notebook an interpreter of its own."""
 import json
 import os
 import select

@@ -368,7 +368,7 @@ def propagate(
     masks = track(vit, layout[0], ids, size=size)
     print(f"{write_tracks(masks, out)} masks written: {out}")
 
-# %% ../nbs/99_cli.ipynb #dfc82562
+# %% ../nbs/99_cli.ipynb #7d2d2d84
 def _patches(backbone, weights, size):
     "The training-free baseline: the nearest patches of the references."
     from timet_nb.evaluate.incontext import PatchSegmenter
@@ -407,7 +407,6 @@ def _dcsam(backbone, weights, size):
     made = open_segmenter(weights or None, backbone or None)
     return made, nn.ModuleList([made.model, *([made.tracker] if hasattr(made, "tracker") else [])])
 
-# name -> (backbone, weights, size) -> segmenter, its networks
 def _stcr(backbone, weights, size):
     "STCR's image model: `weights` is a file of `timet relearn`; \"\" the shipped one that listens."
     from timet_nb.relearn.fewshot import FewShotSegmenter, shipped_images
@@ -417,6 +416,7 @@ def _stcr(backbone, weights, size):
     net = load_images(weights or shipped_images(listens=True))
     return FewShotSegmenter(net), net
 
+# name -> (backbone, weights, size) -> segmenter, its networks
 METHODS = {"patches": _patches, "sine": _sine, "dcsam": _dcsam, "stcr": _stcr}
 
 def _references(words, word="--ref"):
