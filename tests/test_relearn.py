@@ -397,10 +397,10 @@ def test_steadiness_by_hand_and_that_it_is_no_score():
 def test_masks_are_written_and_judged(tmp_path):
     _, masks = film(4)
     truth = {k: lambda k=k: masks[k] for k in (0, 2, 3)}
-    steady, known, n = write_masks((m for m in masks), tmp_path / "a", truth)
-    assert (n, len(steady), known.n, known.dice) == (4, 3, 2, 1.)      # frame 0 is the support
+    steady, known, n = write_masks((m for m in masks), tmp_path / "a", {k: truth[k] for k in (2, 3)})
+    assert (n, len(steady), known.n, known.dice) == (4, 3, 2, 1.)
     assert torch.equal(read_mask(tmp_path / "a" / "00002.png"), masks[2])
-    assert write_masks((m for m in masks), tmp_path / "b", truth, 0)[1].n == 3
+    assert write_masks((m for m in masks), tmp_path / "b", truth)[1].n == 3
     steady, known, n = write_masks((m for m in masks), tmp_path / "c", {})
     assert known is None and n == 4
 

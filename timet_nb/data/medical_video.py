@@ -192,11 +192,11 @@ def frames(
         first = frame.shape
         yield frame
 
-# %% ../../nbs/1_data/13_medical_video.ipynb #1e9e1a4d
+# %% ../../nbs/1_data/13_medical_video.ipynb #66309bd0
 def _of_block(path, place):
     "One mask of a MATLAB file, (h, w) int64."
-    masks = read_mat(path)
-    if place < len(masks): return masks[place].long()
+    masks = _mat(path, path.stat().st_mtime_ns if path.is_file() else 0)      # kept, not copied
+    if place < len(masks): return torch.from_numpy(masks[place].astype(np.int64))
     raise fault(path, f"{len(masks)} masks", f"{place + 1} or more: the file has changed")
 
 # %% ../../nbs/1_data/13_medical_video.ipynb #db42f0a0

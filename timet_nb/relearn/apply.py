@@ -256,7 +256,7 @@ def _finished(path, notes):
     for n in kept["notes"]: notes.append(n)
     return [Row(**r) for r in kept["rows"]]
 
-# %% ../../nbs/8_relearn/83_apply.ipynb #92966566
+# %% ../../nbs/8_relearn/83_apply.ipynb #ce7b2013
 def _judge(net, student, video, target, out, own):
     "Masks before and after, tinted pictures, and what can be said of them."
     truth = {n: m for n, m in target.masks.items() if n != own}      # `own` is the support
@@ -272,7 +272,7 @@ def _judge(net, student, video, target, out, own):
 def _written(masks, folder, truth):
     "Masks in files, and numbers about them."
     shares = []
-    steady, known, n = write_masks(counted(masks, shares), folder, truth, 0)
+    steady, known, n = write_masks(counted(masks, shares), folder, truth)
     return dict(steady=sum(steady) / len(steady), marked=sum(s > 0 for s in shares),
                 share=sum(shares) / n, dice=known.dice if known else None,
                 iou=known.iou if known else None)

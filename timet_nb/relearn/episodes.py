@@ -75,7 +75,7 @@ class Episodes:
         drawn = [self.draw(rng) for _ in range(self.config.batch)]
         return EpisodeBatch(*map(torch.stack, zip(*drawn)))
 
-# %% ../../nbs/8_relearn/82_episodes.ipynb #b30526ad
+# %% ../../nbs/8_relearn/82_episodes.ipynb #de3b6f63
 @patch
 def draw(
     self: Episodes,
@@ -84,8 +84,8 @@ def draw(
     "Draw one episode: pictures of one set, all different."
     home = rng.randrange(len(self.sets))
     pairs = [self._read(home, i, rng) for i in self._pick(home, rng)]
-    if self.config.decoys and rng.random() < self.config.decoys: pairs = self._decoy(home, pairs,
-            rng)
+    if self.config.decoys and rng.random() < self.config.decoys:
+        pairs = self._decoy(home, pairs, rng)
     images, masks = map(torch.stack, zip(*pairs))
     return images[1:], masks[1:], images[0], masks[0]
 

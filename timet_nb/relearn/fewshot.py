@@ -250,7 +250,7 @@ def save(
     state = {k: _halved(v) if half else v for k, v in self.state_dict().items()}
     return save_state(path, state, dict(kind=KIND, config=asdict(self.config), **(notes or {})))
 
-# %% ../../nbs/8_relearn/82_fewshot.ipynb #16e8771c
+# %% ../../nbs/8_relearn/82_fewshot.ipynb #5cb229cf
 def shipped_images(
     listens: bool = False,   # the model that was taught to use its support
 ) -> Path | None:            # None: this is no checkout, or it has none
@@ -268,8 +268,7 @@ def load_fewshot(
         "python -m timet_nb.relearn.image_phase --out stcr-mini.safetensors makes it again"))
     state, notes = load_state(path), load_header(path)
     if notes.get("kind") != KIND: raise CheckpointError(explain(
-        str(path), f"kind {notes.get('kind')!r}", "a file of FewShotNet.save",
-        "a relearned student belongs to its video; its image model lies beside it"))
+        str(path), f"kind {notes.get('kind')!r}", "a file of FewShotNet.save"))
     config = FewShotConfig(**check_config(FewShotConfig, notes.get("config", {})))
     net = FewShotNet(config, create_pyramid(config.backbone, config.strides, False))
     load_into(net, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, 1.,

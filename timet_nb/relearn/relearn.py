@@ -116,12 +116,12 @@ def forward(
     f = self.mix(z)
     return f, z, self.net.head(f)
 
-# %% ../../nbs/8_relearn/83_relearn.ipynb #cf54676f
+# %% ../../nbs/8_relearn/83_relearn.ipynb #d049a35f
 def _supports(net, videos, which, T, seen=None):
     "The support of each clip's video: one for all, or one row a frame. `seen`: those known already."
     seen = {} if seen is None else seen
-    for v in sorted(set(which) - set(seen)): seen[v] = net.support(videos[v].images,
-                                                                   videos[v].masks)
+    for v in sorted(set(which) - set(seen)):
+        seen[v] = net.support(videos[v].images, videos[v].masks)
     if len(set(which)) == 1: return seen[which[0]]
     rows = [seen[v].maps for v in which for _ in range(T)]
     return Support(tuple(map(torch.cat, zip(*rows))))

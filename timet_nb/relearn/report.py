@@ -45,20 +45,19 @@ def counted(
         shares.append(float((m == 1).float().mean()))
         yield m
 
-# %% ../../nbs/8_relearn/83_report.ipynb #2b6d73fe
+# %% ../../nbs/8_relearn/83_report.ipynb #75a312b1
 def write_masks(
     masks: Iterable[Tensor],     # (H, W) ids, frame by frame
     folder: Path,                # where 00000.png, 00001.png, ... go
-    truth: dict[int, Callable],  # frame -> what reads its mask, to compare with
-    skip: int = 1,               # masks of `truth` left out from the front: they are the support
+    truth: dict[int, Callable],  # frame -> what reads its mask, to compare with; no supports
 ) -> tuple[list[float], Overlap | None, int]:   # steadiness, overlap where there is a truth, frames
     "Write masks as they come, and judge them on the way."
-    found, known, n = [], set(sorted(truth)[skip:]), 0
+    found, n = [], 0
     def _each():
         nonlocal n
         for m in masks:
             write_mask(Path(folder) / f"{n:05d}.png", m)
-            if n in known: found.append(overlap_of(m[None] > 0, truth[n]()[None]))
+            if n in truth: found.append(overlap_of(m[None] > 0, truth[n]()[None]))
             n += 1
             yield m
     steady = steadiness(_each())
