@@ -7,7 +7,8 @@ import torch
 
 from timet_nb.base.runtime import ConfigError, DataError
 from timet_nb.evaluate.average_precision import (
-    AveragePrecision, Objects, box_ious, mask_ious, match_objects, object_boxes, precision_curve)
+    AveragePrecision, Objects, box_ious, mask_boxes, mask_ious, match_objects, object_boxes, precision_curve)
+from timet_nb.evaluate.boundary import mask_iou
 
 
 def box_mask(x0, y0, x1, y1, size=(40, 60)):
@@ -77,7 +78,35 @@ def test_boxes_and_masks_agree_on_boxes():
     assert object_boxes(o).tolist() == [list(map(float, x)) for x in b]
     none = torch.zeros(6, dtype=torch.bool)
     assert torch.allclose(mask_ious(o.masks, o.masks, none), box_ious(object_boxes(o), object_boxes(o), none))
+    assert mask_ious(o.masks, o.masks).equal(mask_ious(o.masks, o.masks, none))        # no crowd: nobody is one
+    assert box_ious(object_boxes(o), object_boxes(o)).equal(box_ious(object_boxes(o), object_boxes(o), none))
+    assert not mask_ious(o.masks, o.masks).equal(mask_ious(o.masks, o.masks, ~none))
     assert object_boxes(Objects(torch.zeros(1, 4, 4, dtype=torch.bool), torch.ones(1))).tolist() == [[0.] * 4]
+
+
+def test_overlaps_by_matrix_product_equal_the_count_pair_by_pair():
+    g = torch.Generator().manual_seed(3)
+    for n, m in ((5, 3), (1, 4), (0, 2), (3, 0)):
+        a, b = (torch.rand(k, 17, 23, generator=g) < torch.rand(k, 1, 1, generator=g) for k in (n, m))
+        a[:1] = b[:1] = False
+        assert mask_ious(a, b).equal(mask_iou(a[:, None], b, empty=0.))
+
+
+def test_one_box_for_all_rooms():
+    from timet_nb.sam import automatic
+    from timet_nb.sine import answers
+    g = torch.Generator().manual_seed(4)
+    masks = torch.rand(40, 9, 12, generator=g) < torch.rand(40, 1, 1, generator=g) ** 4; masks[0] = False
+    boxes, last = mask_boxes(masks), mask_boxes(masks, official=True)
+    some = masks.flatten(1).any(1)
+    assert boxes.dtype == torch.int64 and (boxes[~some] == 0).all() and (last[~some] == 0).all()
+    for m, (x0, y0, x1, y1), on in zip(masks, boxes.tolist(), some):
+        tight = torch.zeros_like(m); tight[y0:y1, x0:x1] = True
+        assert (m <= tight).all()
+        if on: assert m[y0].any() and m[y1 - 1].any() and m[:, x0].any() and m[:, x1 - 1].any()
+    assert (boxes - last)[some].tolist() == [[0, 0, 1, 1]] * int(some.sum())
+    assert answers.mask_boxes is mask_boxes and automatic.mask_boxes(masks).equal(last)    # SAM's end on the last pixel
+    assert automatic.box_iou is box_ious and mask_boxes(masks[:0]).shape == (0, 4)
 
 
 def test_precision_curve_by_hand():

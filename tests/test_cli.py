@@ -46,6 +46,35 @@ def test_slips_get_one_line_and_a_suggestion():
     assert done.returncode == 1 and "/nowhere/at/all" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("words", [["--help"], ["tune", "--help"], ["run", "quickstart", "--help"], ["--version"]], ids=" ".join)
+def test_help_does_not_wait_for_torch(words):
+    code = f"import sys\nfrom timet_nb.cli import main\ntry: main({words})\nexcept SystemExit: pass\nprint('loaded', 'torch' in sys.modules, 'papermill' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded False False"
+
+
+def test_one_command_of_four_pages():
+    "The runner and the verbs live in rooms of their own, and are found in timet_nb.cli as ever."
+    from timet_nb import cli, run, systems, verbs
+    for room, names in ((run, "NotebookFailed check_parameters find_notebook notebook_parameters run_notebook suite_dir"),
+                        (systems, "METHODS dcsam__eval dcsam__segment dcsam__train predict relearn segment"),
+                        (verbs, "clips compare doctor eval_ frames look measure propagate tune visor with_settings")):
+        for name in names.split():
+            assert getattr(cli, name) is getattr(room, name) and name in cli.__all__, name
+    assert {"COMMANDS", "PAIRS", "command", "call", "run", "main"} <= set(cli.__all__)
+    assert cli.METHODS is systems.METHODS and len(cli.COMMANDS) == 16
+
+
+def test_module_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "timet_nb.cli", "--help"], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == timet("--help").stdout and "propagate" in done.stdout
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("TIMET_DEBUG", "1")
+    with pytest.raises(ValueError, match="nowhere"): main(["look", "/nowhere/at/all"])
+
+
 def test_doctor_tells_what_is_there():
     out = timet("doctor").stdout
     for word in ("python", "torchvision", "GFLOP/s", "weights"): assert word in out

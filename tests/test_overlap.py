@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.ndimage import binary_dilation
 
 from timet_nb.base.runtime import ConfigError, DataError
+from timet_nb.evaluate.boundary import mask_iou
 from timet_nb.evaluate.overlap import (as_ids, as_masks, boundary_f, boundary_radius, contingency, dice, disk,
                                        fb_iou, iou_matrix, jf_stats, match, objects_in, outline, pair_scores,
                                        region_j, score)
@@ -344,3 +345,55 @@ def test_stats_by_hand():
     assert jf_stats([1, 1, .2, .2]) == pytest.approx((.6, .5, .8)) and jf_stats([.5] * 8) == (.5, 0, 0)
     assert all(math.isnan(x) for x in jf_stats([]))
     assert jf_stats([math.nan, 1.])[0] == 1
+
+
+# ---- mask_iou: the one count behind every overlap of masks
+
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31))
+
+
+def two_stacks(n, H, W, seed):
+    "Masks of every density, the first pair empty on both sides."
+    g = torch.Generator().manual_seed(seed)
+    share = torch.rand(2, n, 1, 1, generator=g); share[:, 0] = 0
+    return torch.rand(2, n, H, W, generator=g) < share
+
+
+@given(shapes)
+@settings(max_examples=60, deadline=None)
+def test_mask_iou_is_symmetric_one_on_itself_and_the_same_in_a_batch(shape):
+    a, b = two_stacks(*shape)
+    for empty in (1., 0., .25):
+        got = mask_iou(a, b, empty)
+        assert got.dtype == torch.float64 and got.shape == a.shape[:1] and got[0] == empty
+        assert got.equal(mask_iou(b, a, empty)) and ((got >= 0) & (got <= 1)).all()
+        assert got.tolist() == [mask_iou(x, y, empty).item() for x, y in zip(a, b)]
+    some = a.flatten(1).any(1)
+    assert mask_iou(a, a, 0.).equal(some.double()) and mask_iou(a, ~a, 1.).eq(0).all()
+    assert mask_iou(a, b, math.nan).isnan().equal(~(a | b).flatten(1).any(1))
+
+
+@given(shapes)
+@settings(max_examples=40, deadline=None)
+def test_mask_iou_equals_counting_pixel_by_pixel_and_region_j(shape):
+    a, b = two_stacks(*shape)
+    slow = lambda x, y: (sum(p and q for p, q in zip(x, y)) / n if (n := sum(p or q for p, q in zip(x, y))) else 1.)
+    want = [[slow(x.flatten().tolist(), y.flatten().tolist()) for y in b] for x in a]
+    assert mask_iou(a[:, None], b).tolist() == want                       # every pair: front axes broadcast
+    assert region_j(a, b).equal(mask_iou(a, b, empty=1.))
+
+
+@given(shapes)
+@settings(max_examples=40, deadline=None)
+def test_mask_iou_in_single_precision_is_the_rounded_double(shape):
+    a, b = two_stacks(*shape)
+    single = mask_iou(a, b, empty=0., dtype=torch.float32)
+    assert single.dtype == torch.float32 and single.equal(mask_iou(a, b, empty=0.).float())
+    assert single.equal((a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1))      # what the losses had
+    assert mask_iou(a[0], b[0], dtype=torch.float32).dtype == torch.float32          # a single pair, too
+
+
+def test_mask_iou_refuses_what_is_no_pair_of_masks():
+    m = torch.ones(4, 5, dtype=torch.bool)
+    for a, b in ((m, m.float()), (m.long(), m), (m, m[:3]), (m, m[:, :1]), (m[None], m.T)):
+        with pytest.raises(DataError, match="bool masks of one"): mask_iou(a, b)

@@ -12,9 +12,9 @@ from timet_nb.base.runtime import CheckpointError, ConfigError, DataError
 from timet_nb.data.decode import write_image
 from timet_nb.data.digits import DigitWorld, MovingDigits, digit_images, path, render_digits, stream_digits
 from timet_nb.relearn import layouts
-from timet_nb.relearn.predict import (OneCycle, PredictTrainConfig, copy_last, evaluate_predictor, predict, read_frames, run, train_predictor,
-                                      windows)
 from timet_nb.relearn.divergence import diff_divergence, prediction_loss
+from timet_nb.relearn.forecast import OneCycle, PredictTrainConfig, copy_last, evaluate_predictor, predict, train_predictor
+from timet_nb.relearn.predict import read_frames, run, windows
 from timet_nb.relearn.release import PRESETS, count_weights, create_simvp, load_simvp, save_simvp
 from timet_nb.relearn.simvp import SimvpConfig
 
@@ -178,6 +178,14 @@ def test_evaluation_does_not_depend_on_the_batch():
     a, b = (evaluate_predictor(model, clips, n) for n in (3, 7))
     assert a["model"]["mse"] == pytest.approx(b["model"]["mse"], abs=1e-6) and a["copy"] == pytest.approx(b["copy"])
     assert a["n"] == 7 and len(windows(torch.rand(10, 1, 4, 4), 4, 3)) == 3
+
+
+def test_what_81_forecast_makes_is_to_be_had_from_predict_too():
+    from timet_nb.relearn import forecast
+    from timet_nb.relearn import predict as room
+    for name in ("OneCycle", "PredictTrainConfig", "copy_last", "evaluate_predictor", "predict", "train_predictor"):
+        assert getattr(room, name) is getattr(forecast, name) and name in room.__all__
+    assert {"grey", "read_frames", "run", "windows"} <= set(room.__all__)
 
 
 # run

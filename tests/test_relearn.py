@@ -19,13 +19,14 @@ from timet_nb.data.decode_masks import read_mask, write_mask
 from timet_nb.data.endoscopy import EndoscopyImages
 from timet_nb.data.ultrasound import UltrasoundWorld, render_ultrasound, write_ultrasound
 from timet_nb.features.weights import load_state, save_state
-from timet_nb.relearn.apply import (BUDGETS, GENERATED, Row, Target, first_shown, image_sets, open_images, open_videos, run, steadiness,
-                                    with_support, write_masks)
+from timet_nb.relearn.apply import BUDGETS, GENERATED, Row, image_sets, open_images, run, steadiness, write_masks
 from timet_nb.relearn.fewshot import FewShotConfig, create_fewshot
+from timet_nb.relearn.films import Target, check_films, first_shown, open_videos, with_support
 from timet_nb.relearn.frames import Clips, FrameStore, as_video, bounce, draw_clip, windows
 from timet_nb.relearn.losses import ConsistencyConfig, consistency
-from timet_nb.relearn.relearn import RelearnConfig, Student, _relearn_loss, load_images, load_relearned, relearn, segment_images
+from timet_nb.relearn.relearn import _relearn_loss, load_images, load_relearned, relearn, segment_images
 from timet_nb.relearn.report import counted, told, write_tinted
+from timet_nb.relearn.student import RelearnConfig, Student
 from timet_nb.relearn.support import read_annotation, read_support
 
 S = 32
@@ -177,6 +178,28 @@ def test_without_tau_frames_do_not_see_each_other(net, video):
         for tau, moved in ((False, False), (True, True)):
             s = Student(net, RelearnConfig(T=3, tau=tau, scale=.5))
             assert torch.equal(s(x, support)[2][0], s(other, support)[2][0]) != moved
+
+
+def test_frames_see_all_of_their_clip_and_nothing_of_another(net):
+    s, z = Student(net, RelearnConfig(T=3, scale=.5)), torch.rand(6, 4, 8, 8)
+    with torch.no_grad():
+        plain = s.mix(z)
+        for j in range(6):
+            other = z.clone(); other[j] += 1
+            moved = (s.mix(other) != plain).flatten(1).any(1).tolist()
+            assert moved == [k // 3 == j // 3 for k in range(6)]
+        assert torch.allclose(s.mix(z[3:]), plain[3:], atol=1e-5)  # a clip does not care for its neighbours in the batch
+
+
+def test_the_student_is_where_it_was(net):
+    import timet_nb.relearn.apply as apply
+    import timet_nb.relearn.relearn as module
+    assert (apply.Target, apply.first_shown, apply.open_videos, apply.with_support) == (Target, first_shown, open_videos, with_support)
+    assert {"Target", "first_shown", "open_videos", "with_support", "run"} <= set(apply.__all__)
+    assert module.Student is Student and module.RelearnConfig is RelearnConfig
+    assert {"Clips", "Video", "as_video", "RelearnConfig", "Student", "relearn", "Relearned"} <= set(module.__all__)
+    student, weights = Student(net, RelearnConfig(T=3)), net.state_dict()
+    for k, v in student.net.state_dict().items(): assert torch.equal(v, weights[k]) and v.data_ptr() != weights[k].data_ptr()
 
 
 def test_losses_are_taken_where_the_paper_takes_them(net, video):
@@ -504,6 +527,17 @@ def test_a_film_may_begin_without_the_object(tmp_path):
     images = write_ultrasound(tmp_path / "images", UltrasoundWorld("breast", S, seed=1), 4)
     row, = run(images, tmp_path / "film", out=tmp_path / "out", budget="smoke", steps=1)
     assert row.frames == 6 and row.dice_before is not None
+
+
+def test_films_are_checked_before_anything_is_trained():
+    frames, masks = film(3)
+    def of(masks, n=3, name="f"): return Target(name, lambda: iter(frames[:n]), masks)
+    own = {1: lambda: masks[1]}
+    check_films([of(own), of(own, name="g")]); check_films([of({})], ([frames[0]], [masks[0]]))
+    for bad, words in ((of({}), "--support"), (of(own, 1), "frame 1, which is not there"), (of({0: lambda: masks[0][1:]}), "support mask of f"),
+                       (of({0: lambda: masks[0]}, 1), "two or more")):
+        with pytest.raises(DataError, match=words): check_films([bad])
+    with pytest.raises(DataError, match="several are called 'f'"): check_films([of(own), of(own)])
 
 
 def test_two_films_of_one_name_are_refused(monkeypatch, tmp_path):

@@ -10,10 +10,11 @@ from torch import nn
 from timet_nb.base.record import read_json
 from timet_nb.base.runtime import CheckpointError, ConfigError, DataError
 from timet_nb.data.classes import class_set
+from timet_nb.evaluate.boundary import mask_iou
 from timet_nb.features.backbone import create_backbone
 from timet_nb.features.checkpoints import load_header, load_state
 from timet_nb.sam.clicks import (
-    Click, FloodClicker, NearestClicker, SamClicker, depth_map, evaluate_clicks, first_click, mask_iou, next_click, play,
+    Click, FloodClicker, NearestClicker, SamClicker, depth_map, evaluate_clicks, first_click, next_click, play,
     stack_clicks, tune_clicker)
 from timet_nb.sam.mini import (
     HELD_OUT, Asks, MiniTrainConfig, SamConfig, click_loss, correct, create_mini, draw_asks, fill_bank, halved, held_out, keep,
@@ -89,6 +90,8 @@ def test_round_stops_when_nothing_is_wrong_and_keeps_its_score():
     r = play(lambda p, l: truth if len(p) > 1 else block(cols=(10, 20)), truth, 4)
     assert len(r.clicks) == 2 and r.iou[1:] == (1., 1., 1.) and r.iou[0] < .5
     assert mask_iou(truth & ~truth, truth & ~truth) == 1.
+    from timet_nb.sam import clicks
+    assert clicks.mask_iou is mask_iou                     # importable from the room that had it first
 
 
 def test_random_clicks_depend_on_the_dice_alone():

@@ -136,7 +136,8 @@ def panels(
         fig = figure(width, .35 + nrows * (.62 + .25 * len(names)))
         axes = fig.subplots(nrows, ncols, squeeze=False).ravel()
         for ax, (panel, found) in zip(axes, values.items()):
-            for n, v in found.items(): _bar(ax, names.index(str(n)), _numbers(v, str(n)).ravel(), fmt)
+            for n, v in found.items():
+                _bar(ax, names.index(str(n)), _numbers(v, str(n)).ravel(), fmt)
             _flat(ax, names, False); ax.set_title(fill(str(panel), 66 // ncols)); ax.margins(x=.3)
             if not any(p.get_width() for p in ax.patches): ax.set_xlim(0, 1)
             if ax not in axes[::ncols]: ax.set_yticklabels([])

@@ -278,7 +278,10 @@ def forward(
 def _ask(self: DcsamMini, scene, image, dense, fine):
     "Both stages."
     pe = self.prompt_encoder.dense_pe()
-    def decode(prompts):
+    def decode(
+        prompts,   # what one stage asks with
+    ):
+        "Masks of all prompts."
         sparse = self.prompt_encoder.free_tokens(*prompts.tokens)
         return self.decoder(image, pe, sparse, dense, high_res=fine).masks
     return self.generator(scene, decode, label_vectors(self.prompt_encoder))

@@ -102,7 +102,10 @@ def epochs_of(
 ):                                # step -> list of episodes
     "Batches by number; every epoch has a draw of its own."
     per, drawn = config.per_epoch // config.batch or 1, {}
-    def batch(step):
+    def batch(
+        step,   # number of the batch
+    ):
+        "Cut one batch out of its epoch."
         epoch, at = divmod(step, per)
         if epoch not in drawn:
             drawn.clear()

@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/7_dcsam/train.html.md"""
 __all__ = ['LADDER', 'BUDGETS', 'KINDS', 'MiniTrainConfig', 'fill_bank', 'world_bank', 'Question', 'Questions', 'ask_bank',
            'pair_loss', 'train_mini', 'calibrate', 'make_mini', 'main', 'run', 'Bank', 'Kept']
 
-# %% ../../nbs/7_dcsam/72_train.ipynb #50186b36
+# %% ../../nbs/7_dcsam/72_train.ipynb #def5a2ff
 import argparse
 from collections import Counter
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from ..data.classes import ClassSet, class_set
 from ..data.textures import TextureWorld, texture_world, write_textures
 from .mini import SHIPPED_MINI, DcsamMini, MiniConfig, create_mini
 from .prompts import Asked, mask_loss
-from ..evaluate.overlap import objects_in
+from ..evaluate.boundary import mask_iou, objects_in
 from ..features.bank import Bank, Kept, bank_of
 _all_ = ["Bank", "Kept"]
 
@@ -186,7 +186,7 @@ def train_mini(
                     config=asdict(config), **options)
     finally: model.eval()
 
-# %% ../../nbs/7_dcsam/72_train.ipynb #ebded52d
+# %% ../../nbs/7_dcsam/72_train.ipynb #fa732578
 LADDER = tuple(n / 20 for n in range(4, 15))   # thresholds that are tried: .2, .25, ..., .7
 
 @torch.no_grad()
@@ -203,14 +203,14 @@ def calibrate(
         asked, truth, _ = ask_bank(model, bank, [drawn.draw(random.Random(item_seed(seed, 1, k)))])
         soft, truth = asked.logits[:, 0].sigmoid(), truth > .5
         for t in LADDER:
-            m = soft > t
-            found[t] += float((m & truth).sum() / (m | truth).sum().clamp(min=1)) / n
+            found[t] += float(mask_iou(soft > t, truth, empty=0., dtype=torch.float32)) / n
     best = max(found.values())
     return max(t for t in LADDER if found[t] >= keep * best), found
 
-# %% ../../nbs/7_dcsam/72_train.ipynb #00792a36
+# %% ../../nbs/7_dcsam/72_train.ipynb #025596a9
 BUDGETS = dict(smoke=(6, 2, 2), cpu=(400, 300, 4), gpu=(3000, 4000, 16))   # scenes, steps, batch
 
+# %% ../../nbs/7_dcsam/72_train.ipynb #00792a36
 def make_mini(
     path: str | Path | None = None,   # file to write; None: none
     budget: str = "cpu",              # smoke | cpu | gpu

@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/7_dcsam/video.html.md"""
 # %% auto #0
 __all__ = ['HEADS', 'follow', 'check_pair', 'tube_loss', 'video_groups', 'train_video', 'VideoSegmenter', 'open_segmenter']
 
-# %% ../../nbs/7_dcsam/73_video.ipynb #7b6ee709
+# %% ../../nbs/7_dcsam/73_video.ipynb #2f596cd6
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# %% ../../nbs/7_dcsam/73_video.ipynb #7b6ee709
 from ..base.order import item_seed
 from ..base.rates import cosine
 from ..base.runtime import ConfigError, DataError, explain

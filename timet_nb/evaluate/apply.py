@@ -61,8 +61,8 @@ def summary(
     masks, pixels = answer.masks, answer.ids.numel()
     area = {n: float(m.sum()) / pixels for n, m in zip(answer.names, masks)}
     score = {n: float(s.max()) for n, s in zip(answer.names, answer.scores)}
-    found = [{"class": answer.names[int(c) - 1], "score": float(s), "share": float(m.sum()) / pixels}
-             for m, c, s in _each(answer)]
+    found = [{"class": answer.names[int(c) - 1], "score": float(s),
+              "share": float(m.sum()) / pixels} for m, c, s in _each(answer)]
     return Segmented(name, seconds, area, score, found, files)
 
 def _each(answer):

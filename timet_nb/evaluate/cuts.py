@@ -9,7 +9,7 @@ __all__ = ['VOID', 'FREE', 'grow', 'tally', 'cluster_precision', 'precision_of',
            'boundary_score', 'cut_scores', 'choose_threshold', 'threshold_from', 'free_threshold', 'otsu_cuts',
            'foreground']
 
-# %% ../../nbs/3_evaluate/34_cuts.ipynb #1cbfd028
+# %% ../../nbs/3_evaluate/34_cuts.ipynb #6311f61d
 import math
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..base.runtime import ConfigError, DataError, explain, need
-from .overlap import as_ids, as_masks, boundary_f
+from .boundary import as_ids, as_masks, boundary_f, mask_iou
 
 # %% ../../nbs/3_evaluate/34_cuts.ipynb #156d21e1
 def grow(
@@ -103,7 +103,7 @@ def truth_of(
     true = gt != 0 if void == "foreground" else (gt != 0) & ~unknown
     return true, ~unknown if void == "ignore" else torch.ones_like(true)
 
-# %% ../../nbs/3_evaluate/34_cuts.ipynb #efeab516
+# %% ../../nbs/3_evaluate/34_cuts.ipynb #ef18e433
 def image_iou(
     gt,                    # (B, H, W) integer ids; 0 = background, 255 = unknown
     foreground,            # (B, H, W) bool
@@ -112,8 +112,7 @@ def image_iou(
     "Foreground IoU of each picture, averaged."
     true, seen = truth_of(as_ids(gt, "gt"), void)
     fg = as_masks(foreground, "foreground") & seen
-    inter, union = (true & fg).sum((1, 2)), (true | fg).sum((1, 2))
-    return float(torch.where(union > 0, inter / union.clamp(min=1).double(), 1.).mean())
+    return float(mask_iou(true, fg, empty=1.).mean())
 
 # %% ../../nbs/3_evaluate/34_cuts.ipynb #ef3c1bbf
 def boundary_score(

@@ -40,7 +40,7 @@ def _four(
             f"0, 1 and {ignore}", "one class an episode: ids == class_id"))
     return torch.bincount((2 * gt + pred).flatten(), minlength=4).cpu()
 
-# %% ../../nbs/3_evaluate/30_fewshot.ipynb #3d35d02c
+# %% ../../nbs/3_evaluate/30_fewshot.ipynb #5d9a25fd
 @dataclass(frozen=True, repr=False)
 class FewShotResult:
     "What a run of episodes scores."
@@ -58,6 +58,7 @@ class FewShotResult:
         return (f"FewShotResult(miou={self.miou:.4f}, fb_iou={self.fb_iou:.4f}, "
                 f"{self.episodes} episodes of {len(self.iou)} classes{away})")
 
+# %% ../../nbs/3_evaluate/30_fewshot.ipynb #3d35d02c
 def _sides(n):
     "Intersection and union, of the background and the foreground: ((I, U), (I, U))."
     wrong = n[1] + n[2]
@@ -150,6 +151,7 @@ def result(self: FewShotScore) -> FewShotResult:  # of what was added so far
     counted = [0. if self.official and k in absent else v for k, v in iou.items()]
     total = [sum(n[k] for n in counts.values()) for k in range(4)]
     two = [_ratio(*side, self.official) for side in _sides(total)]
-    each = [s / (k * _PARTS) if k else math.nan for s, k in (self.ratios.get(c, (0, 0)) for c in ids)]
+    each = [s / (k * _PARTS) if k else math.nan
+            for s, k in (self.ratios.get(c, (0, 0)) for c in ids)]
     return FewShotResult(_mean(counted), _mean(two), iou, absent, _mean(each), counts,
                          self.episodes)

@@ -10,7 +10,7 @@ __all__ = ['ForegroundConfig', 'Evidence', 'gather', 'reduce', 'draw_pixels', 'c
            'boundary_score', 'choose_threshold', 'cluster_precision', 'cut_scores', 'foreground', 'free_threshold',
            'grow', 'image_iou', 'otsu_cuts', 'precision_of', 'tally', 'threshold_from', 'truth_of', 'union_of']
 
-# %% ../../nbs/3_evaluate/34_foreground.ipynb #6028f26f
+# %% ../../nbs/3_evaluate/34_foreground.ipynb #015aa375
 from dataclasses import dataclass
 import math
 import tempfile
@@ -23,6 +23,7 @@ from torch import Tensor
 from ..base.runtime import (
     ConfigError, DataError, cache_dir, explain, pick_device, progress)
 from ..data.frames import image_size
+from .boundary import mask_iou
 from timet_nb.evaluate.cuts import (
     FREE, VOID, boundary_score, choose_threshold, cluster_precision, cut_scores, foreground,
     free_threshold, grow, image_iou, otsu_cuts, precision_of, tally, threshold_from, truth_of,
@@ -310,15 +311,14 @@ class ForegroundResult:
                 f"{self.attention:.3f}, centre blob {self.centre:.3f}, "
                 f"everything {self.everything:.3f}; {len(self.rows)} runs)")
 
-# %% ../../nbs/3_evaluate/34_foreground.ipynb #11e6532d
+# %% ../../nbs/3_evaluate/34_foreground.ipynb #e7da5fd3
 def _iou_of_each(gt, found, config, chunk=64):
     "Foreground IoU of every picture: (n,) float64; `found` is (n, h, w) or a function of a slice."
     out = []
     for i in range(0, len(gt), chunk):
         true, seen = truth_of(gt[i:i + chunk], config.void)
         fg = grow(found[i:i + chunk], true.shape[1:]) & seen
-        inter, union = (true & fg).sum((1, 2)), (true | fg).sum((1, 2))
-        out.append(torch.where(union > 0, inter / union.clamp(min=1).double(), 1.))
+        out.append(mask_iou(true, fg, empty=1.))
     return torch.cat(out)
 
 

@@ -30,9 +30,9 @@ from .retrieve import blend_labels, nearest_patches, patch_labels
 from .track import network_size
 
 # %% ../../nbs/3_evaluate/36_incontext.ipynb #06fbaeb2
-_all_ = ["Answer", "InContextSegmenter", "IncontextResult", "PickResult", "Prompt", "Recent", "Shot",
-         "as_picture", "check_prompt", "decide", "evaluate_incontext", "frames_of", "load_prompt",
-         "pick_test", "pool_objects", "read_shots"]
+_all_ = ["Answer", "InContextSegmenter", "IncontextResult", "PickResult", "Prompt", "Recent",
+         "Shot", "as_picture", "check_prompt", "decide", "evaluate_incontext", "frames_of",
+         "load_prompt", "pick_test", "pool_objects", "read_shots"]
 
 # %% ../../nbs/3_evaluate/36_incontext.ipynb #f784c917
 def _blocks(features):

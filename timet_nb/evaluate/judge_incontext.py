@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/3_evaluate/judge_incontext.html.md"""
 # %% auto #0
 __all__ = ['IncontextResult', 'evaluate_incontext', 'pool_objects', 'PickResult', 'pick_test']
 
-# %% ../../nbs/3_evaluate/36_judge_incontext.ipynb #05dcd966
+# %% ../../nbs/3_evaluate/36_judge_incontext.ipynb #8d8f72f9
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from ..base.runtime import DataError, explain, progress
 from ..data.episodes import Episode, wrong
 from ..data.frames import resize_mask
+from .boundary import as_ids, mask_iou, objects_in
 from .fewshot import FewShotScore
-from .overlap import as_ids, objects_in
 from .references import InContextSegmenter
 
 # %% ../../nbs/3_evaluate/36_judge_incontext.ipynb #5d183195
@@ -53,11 +53,10 @@ def __repr__(self: IncontextResult):
             f"few-shot {self.few_shot:.3f}, FB {self.fb_iou:.3f}; {len(self.rows)} pairs "
             f"of {len(self.iou)} classes{lost})")
 
-# %% ../../nbs/3_evaluate/36_judge_incontext.ipynb #af66877f
-def _counts(truth, marked):
-    "Pixels of the intersection and of the union; 255 does not count."
-    t, m = truth == 1, marked & (truth != 255)
-    return int((t & m).sum()), int((t | m).sum())
+# %% ../../nbs/3_evaluate/36_judge_incontext.ipynb #e6884bd5
+def _iou(truth, marked):
+    "IoU with the 1 of the truth; 255 does not count; nan where there is nothing on either side."
+    return float(mask_iou(truth == 1, marked & (truth != 255), empty=math.nan))
 
 def _ratio(a, b): return a / b if b else math.nan
 
@@ -92,17 +91,17 @@ def _beside(episode, data, answer):
     return dict(other=float((answer.ids > 0)[union].float().mean()), chance=1 / (1 + len(others)),
                 choice=float(float(score[mine].mean()) > best))
 
-# %% ../../nbs/3_evaluate/36_judge_incontext.ipynb #22fae393
+# %% ../../nbs/3_evaluate/36_judge_incontext.ipynb #a0dcd4b4
 def _misled(segmenter, episode, size, prompts, truth):
     "IoU with the asked class when the reference shows another; nan: there is no such reference."
     found = dict(wrong_present=math.nan, wrong_absent=math.nan)
     for kind in ("present", "absent"):
         if (liar := wrong(episode, kind)) is None: continue
         marked = _asked(segmenter, liar, size, prompts)[1].ids > 0
-        found[f"wrong_{kind}"] = _ratio(*_counts(truth, marked))
+        found[f"wrong_{kind}"] = _iou(truth, marked)
     return found
 
-# %% ../../nbs/3_evaluate/36_judge_incontext.ipynb #f52f108f
+# %% ../../nbs/3_evaluate/36_judge_incontext.ipynb #9b454007
 def _episode_row(segmenter, episode, size, prompts, controls, score):
     "Everything that one episode says; its pixels are added to the few-shot score."
     data, answer = _asked(segmenter, episode, size, prompts)
@@ -112,7 +111,7 @@ def _episode_row(segmenter, episode, size, prompts, controls, score):
            "support": [p.name for p in episode.support],
            "iou": math.nan, "wrong_present": math.nan, "wrong_absent": math.nan}
     if bool((truth == 1).any()):
-        row["iou"] = _ratio(*_counts(truth, answer.ids > 0))
+        row["iou"] = _iou(truth, answer.ids > 0)
         if controls: row |= _misled(segmenter, episode, size, prompts, truth)
     return row | _beside(episode, data, answer)
 

@@ -70,11 +70,13 @@ def measure(
     "Per-clip clustering, over-clustering and label propagation of a backbone's features."
     from timet_nb.features.backbone import create_backbone
     for p in protocols:
-        if p not in PROTOCOLS: raise ConfigError(f"no protocol {p!r}; there are {', '.join(PROTOCOLS)}")
+        if p not in PROTOCOLS:
+            raise ConfigError(f"no protocol {p!r}; there are {', '.join(PROTOCOLS)}")
     if isinstance(backbone, (str, Path)):
         backbone = create_backbone(str(backbone)).to(pick_device(device)).eval()
     layout = find_layout(source) if isinstance(source, (str, Path)) else source
-    return [_measure_clip(backbone, clip, protocols, size, range(first, len(clip), every)[:frames or None], seeds)
+    return [_measure_clip(backbone, clip, protocols, size,
+                          range(first, len(clip), every)[:frames or None], seeds)
             for clip in progress(list(layout), desc="measure")]
 
 # %% ../../nbs/3_evaluate/37_measure.ipynb #b0aae527
@@ -91,9 +93,10 @@ def _measure_clip(backbone, clip, protocols, size, indices, seeds):
 def mean_row(
     rows: list[dict],    # rows of `measure`
     name: str = "mean",  # what the row is called
-) -> dict:               # the same keys, averaged over clips; values that are not a number are left out
+) -> dict:               # the same keys, averaged over clips; what is not a number is left out
     "Average the rows of `measure` over clips."
     if not rows: raise DataError("no rows to average: nothing was measured")
     def mean(values): return sum(values) / len(values) if values else math.nan
     return {"clip": name,
-            **{k: mean([r[k] for r in rows if not math.isnan(r[k])]) for k in rows[0] if k != "clip"}}
+            **{k: mean([r[k] for r in rows if not math.isnan(r[k])])
+               for k in rows[0] if k != "clip"}}

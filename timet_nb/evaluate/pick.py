@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/3_evaluate/pick.html.md"""
 # %% auto #0
 __all__ = ['layer_names', 'layer_maps', 'joined', 'pick_layers', 'refused', 'selective', 'TwinResult', 'evaluate_twins']
 
-# %% ../../nbs/3_evaluate/36_pick.ipynb #2510e12e
+# %% ../../nbs/3_evaluate/36_pick.ipynb #5d2fb192
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 import math
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ..base.runtime import DataError, explain
 from ..data.draws import Episode, wrong
 from ..data.frames import resize
+from .boundary import mask_iou
 from .incontext import InContextSegmenter, evaluate_incontext, pick_test
 
 # %% ../../nbs/3_evaluate/36_pick.ipynb #56564d46
@@ -123,7 +124,7 @@ class TwinResult:
     cases: int           # how many were asked
     unseen: int = 0      # pairs left out: one of the two is missing in a view
 
-# %% ../../nbs/3_evaluate/36_pick.ipynb #6b529ce8
+# %% ../../nbs/3_evaluate/36_pick.ipynb #146e7aea
 def _twin_case(segmenter, scene, i, j, least):
     "Numbers of one case: object i was marked in the first view, j is its twin."
     told = segmenter.prompt(scene.image, (scene.ids == i).long(), ["object"])
@@ -131,7 +132,7 @@ def _twin_case(segmenter, scene, i, j, least):
     own = (answer.scores if answer.identity is None else answer.identity)[0].cpu()
     mine, twin, rest = scene.ids2 == i, scene.ids2 == j, scene.ids2 > 0
     rest, marked, sure = rest & ~mine & ~twin, answer.ids.cpu() > 0, own > least
-    overlap = lambda a, b: float((a & b).sum() / (a | b).sum())
+    overlap = lambda a, b: float(mask_iou(a, b, empty=math.nan, dtype=torch.float32))
     part = lambda m: float(marked[m].float().mean()) if m.any() else math.nan
     return (float(own[mine].mean() > own[twin].mean()), overlap(sure, mine), overlap(sure, twin),
             part(mine), part(twin), part(rest))

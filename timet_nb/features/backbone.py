@@ -227,7 +227,8 @@ def _build(model, kwargs, seed):
     timm = import_timm()
     if not timm.is_model(model):
         near = ", ".join(timm.list_models(f"*{model[:10]}*")[:4]) or "none"
-        raise ConfigError(explain("architecture", repr(model), "a timm ViT or CNN", f"near: {near}"))
+        raise ConfigError(explain("architecture", repr(model), "a timm ViT or CNN",
+                                  f"near: {near}"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try: vit = timm.create_model(model, num_classes=0, dynamic_img_size=True, **kwargs)

@@ -213,7 +213,7 @@ def resume(
     with self.part.open("r+b") as f: f.truncate(n * frame_bytes)
     return n
 
-# %% ../../nbs/2_features/22_dense.ipynb #be166745
+# %% ../../nbs/2_features/22_dense.ipynb #0ab37008
 @patch
 def write(
     self: CacheEntry,
@@ -236,6 +236,7 @@ def write(
     with atomic_write(self.json) as tmp: tmp.write_text(json.dumps(notes | about))
     return new
 
+# %% ../../nbs/2_features/22_dense.ipynb #be166745
 @patch
 def sound(self: CacheEntry) -> bool:  # False when a bit was lost
     "Compare the numbers with their checksum."

@@ -7,18 +7,19 @@ Docs: https://timet-nb.github.io/timet_nb/8_relearn/echo.html.md"""
 # %% auto #0
 __all__ = ['ECHO_OUTLINE', 'echo_outline', 'echo_video']
 
-# %% ../../nbs/8_relearn/83_echo.ipynb #e5b6457a
+# %% ../../nbs/8_relearn/83_echo.ipynb #cfb8a2d3
 import torch
 from torch import Tensor
 
 from ..data.convert import draw_polygons
 from ..data.dicom import echo_clip
 from ..data.frames import resize_mask
-from .relearn import Video, as_video
+from .frames import Video, as_video
 
-# %% ../../nbs/8_relearn/83_echo.ipynb #898c6a54
-ECHO_OUTLINE = ((120, 70), (128, 60), (140, 57), (152, 58), (160, 66), (165, 80), (167, 98), (165, 112),
-                (150, 112), (138, 112), (122, 112), (118, 100), (117, 85))   # (x, y) pixels of frame 0
+# %% ../../nbs/8_relearn/83_echo.ipynb #a74f4246
+# (x, y) pixels of frame 0
+ECHO_OUTLINE = ((120, 70), (128, 60), (140, 57), (152, 58), (160, 66), (165, 80), (167, 98),
+                (165, 112), (150, 112), (138, 112), (122, 112), (118, 100), (117, 85))
 
 def echo_outline(
     height: int,    # of the picture, pixels

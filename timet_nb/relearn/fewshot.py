@@ -290,7 +290,7 @@ class FewShotSegmenter(InContextSegmenter):
         c, weights = self.net.config, fingerprint(self.net.state_dict())
         return hashlib.sha256(f"{weights} {c.size} {c.how} {c.masking}".encode()).hexdigest()[:32]
 
-# %% ../../nbs/8_relearn/82_fewshot.ipynb #3b8537ce
+# %% ../../nbs/8_relearn/82_fewshot.ipynb #1f9395d9
 @patch
 @torch.no_grad()
 def encode(
@@ -306,6 +306,7 @@ def encode(
         out |= {f"class{c}.level{i}": m for i, m in enumerate(kept.maps)}
     return out
 
+# %% ../../nbs/8_relearn/82_fewshot.ipynb #ba7e2412
 @patch
 def answer(
     self: FewShotSegmenter,

@@ -108,7 +108,7 @@ def windows(
     if starts[-1] + T < n: starts.append(n - T)
     return [list(range(s, s + T)) for s in starts]
 
-# %% ../../nbs/8_relearn/83_frames.ipynb #19eab7a1
+# %% ../../nbs/8_relearn/83_frames.ipynb #45f327fd
 @dataclass(frozen=True, eq=False)
 class Video:
     "A video to relearn on, and the annotated frames that go with it."
@@ -116,6 +116,7 @@ class Video:
     images: Sequence[Tensor]         # K annotated pictures (3, H, W) of any sizes, RGB in [0, 1]
     masks: Sequence[Tensor]          # their ids (H, W): 1 the object
 
+# %% ../../nbs/8_relearn/83_frames.ipynb #b724eb63
 def as_video(
     source,                          # frames, see `FrameStore`
     images,                          # annotated picture (3, H, W) RGB in [0, 1], or K of them

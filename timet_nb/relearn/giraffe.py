@@ -37,7 +37,7 @@ class Node:
         "Pixels of the finest level under one cell."
         return 2 ** self.level
 
-# %% ../../nbs/8_relearn/82_giraffe.ipynb #7562c1e1
+# %% ../../nbs/8_relearn/82_giraffe.ipynb #5b2290d1
 def _at(layer, level, levels):
     "Id of the node of a layer and level; layer 0 are the inputs. Odd layers run coarse to fine."
     if layer == 0: return level
@@ -45,12 +45,13 @@ def _at(layer, level, levels):
 
 def _edges(layer, level, levels):
     "Ids and kinds of what a node listens to."
-    def one(kind, layer, level):
+    def _one(kind, layer, level):
         return [(_at(layer, level, levels), kind)] if 0 <= level < levels else []
     gaps = [2 ** i for i in range(layer.bit_length()) if 2 ** i < layer][::-1] or [1]
     edges = [(_at(layer - g, level, levels), "skip" if g > 1 else "same") for g in gaps]
-    edges += one("step", layer, level + (1 if layer % 2 else -1))       # just made, next door
-    return edges + one("coarser", layer - 1, level + 1) + one("finer", layer - 1, level - 1)
+    edges += _one("step", layer, level + (1 if layer % 2 else -1))       # just made, next door
+    return (edges + _one("coarser", layer - 1, level + 1)
+            + _one("finer", layer - 1, level - 1))
 
 # %% ../../nbs/8_relearn/82_giraffe.ipynb #53798837
 def giraffe_graph(

@@ -60,13 +60,14 @@ def episode_loss(
     kept = net.look(batch.support, batch.support_masks)
     return mask_loss(net(batch.query, kept), batch.query_masks, dice)
 
-# %% ../../nbs/8_relearn/82_image_phase.ipynb #5ebdcbb4
+# %% ../../nbs/8_relearn/82_image_phase.ipynb #2e2a2dc7
 def _groups(net, config):
     "Parameters with their rates: a gentle one for what is trained already."
-    def rate(lr): return cosine(lr, 0., config.steps, min(20, config.steps - 1), lr / 20)
-    parts = dict(pyramid=config.backbone_lr, mixers=config.lr, neck=config.lr, head=config.lr)
-    return [g for name, lr in parts.items() if lr
-            for g in decay_split(getattr(net, name), rate(lr), config.weight_decay, name)]
+    c, rise = config, min(20, config.steps - 1)
+    parts = dict(pyramid=c.backbone_lr, mixers=c.lr, neck=c.lr, head=c.lr)
+    rates = {name: cosine(lr, 0., c.steps, rise, lr / 20) for name, lr in parts.items() if lr}
+    return [g for name, rate in rates.items()
+            for g in decay_split(getattr(net, name), rate, c.weight_decay, name)]
 
 def train_images(
     net: FewShotNet,                 # trained in place

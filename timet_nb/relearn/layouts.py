@@ -192,7 +192,7 @@ def fit_frame(
         "frame", f"{H} x {W}", f"at least as wide as {size[1]} : {size[0]}"))
     return wide[..., left:left + size[1]]
 
-# %% ../../nbs/8_relearn/81_layouts.ipynb #53671378
+# %% ../../nbs/8_relearn/81_layouts.ipynb #60967fdb
 def caltech(
     root: str | Path,         # folder that holds caltech/set06/V000.seq, ...
     given: int = 10,          # frames of the input
@@ -207,11 +207,11 @@ def caltech(
     if not films: raise DataError(explain(str(home), "no films", "set06/V000.seq or .avi"))
     starts = [(p, s) for p in films for s in
               cut_windows(list(range(len(VideoReader(p)) // every)), frames, frames)]
-    def read(p, first, n):
+    def _read(p, first, n):
         begin = every * first + every - 1              # every third one, counted from one
         film = VideoReader(p, start=begin, stop=begin + every * (n - 1) + 1, step=every)
         return torch.stack([fit_frame(x, size) for x in film])
-    return Windows("caltech test", tuple(starts), read, frames, given)
+    return Windows("caltech test", tuple(starts), _read, frames, given)
 
 # %% ../../nbs/8_relearn/81_layouts.ipynb #0ce52230
 def kitti(

@@ -42,7 +42,7 @@ class SimvpConfig:
 
     def __post_init__(self): _check_sizes(self)
 
-# %% ../../nbs/8_relearn/81_simvp.ipynb #7849c366
+# %% ../../nbs/8_relearn/81_simvp.ipynb #eafa07eb
 @patch(as_prop=True)
 def stride(self: SimvpConfig) -> int:   # pixels
     "Say how many pixels a cell is wide: two units halve the sides once."
@@ -50,17 +50,17 @@ def stride(self: SimvpConfig) -> int:   # pixels
 
 def _check_sizes(c):
     "Refuse sizes that cannot work, or that would quietly mean something else."
-    def refuse(name, wanted, todo=""):
+    def _refuse(name, wanted, todo=""):
         raise ConfigError(explain(name, getattr(c, name), wanted, todo))
-    if c.frames < 1: refuse("frames", "1 or more")
-    if c.n_s < 2 or c.n_s % 2: refuse(
+    if c.frames < 1: _refuse("frames", "1 or more")
+    if c.n_s < 2 or c.n_s % 2: _refuse(
         "n_s", "an even number, 2 or more", "the shipped code quietly makes one less of an odd one")
-    if c.hid_s < 2 or c.hid_s % 2: refuse("hid_s", "an even number: a norm works on 2 groups")
-    if c.n_t < 2: refuse("n_t", "2 or more: one block goes in, one comes out")
-    if c.mlp_ratio < 1: refuse("mlp_ratio", "1 or more")
-    if c.unit != "tau" and c.halves != "both": refuse("halves", "'both' for this unit")
+    if c.hid_s < 2 or c.hid_s % 2: _refuse("hid_s", "an even number: a norm works on 2 groups")
+    if c.n_t < 2: _refuse("n_t", "2 or more: one block goes in, one comes out")
+    if c.mlp_ratio < 1: _refuse("mlp_ratio", "1 or more")
+    if c.unit != "tau" and c.halves != "both": _refuse("halves", "'both' for this unit")
 
-# %% ../../nbs/8_relearn/81_simvp.ipynb #01b6f314
+# %% ../../nbs/8_relearn/81_simvp.ipynb #028980f4
 class _Conv(nn.Module):
     "A 3x3 convolution, its norm, and a smooth threshold, under the published names."
     def __init__(self, ins, outs, stride=1, up=False):
@@ -70,7 +70,11 @@ class _Conv(nn.Module):
         self.conv = nn.Sequential(conv, nn.PixelShuffle(2)) if up else conv
         self.norm = nn.GroupNorm(2, outs)
 
-    def forward(self, x): return F.silu(self.norm(self.conv(x)))
+    def forward(self,
+        x: Tensor,   # (N, ins, h, w)
+    ) -> Tensor:     # (N, outs, h', w')
+        "Convolve, normalise, bend."
+        return F.silu(self.norm(self.conv(x)))
 
 # %% ../../nbs/8_relearn/81_simvp.ipynb #9928a359
 class ConvUnit(nn.Module):

@@ -41,13 +41,14 @@ def _is_grey(path):
     a = np.asarray(decode_picture(file_bytes(path, "a mask"), path, "a mask").convert("RGB"))
     return int(np.ptp(a.astype(np.int16), axis=-1).max()) <= 24
 
-# %% ../../nbs/8_relearn/83_support.ipynb #1ce92b73
+# %% ../../nbs/8_relearn/83_support.ipynb #11721499
 def as_object(
     ids: Tensor,   # (H, W) int64 of several objects
 ) -> Tensor:       # (H, W) int64: 1 the object, 0 not, 255 unknown
     "Take several objects as one."
     return torch.where(ids == 255, 255, (ids > 0).long())
 
+# %% ../../nbs/8_relearn/83_support.ipynb #8c269670
 def read_annotation(
     mask: str | Path,                  # a mask file
     picture: str | Path | None = None, # its picture: the mask is turned as that is

@@ -149,14 +149,18 @@ class TemporalAttention(nn.Module):
         y = self.proj_2(self.spatial_gating_unit(F.gelu(self.proj_1(x))))
         return y + x if self.shortcut else y
 
-# %% ../../nbs/8_relearn/80_tau.ipynb #f03a0edb
+# %% ../../nbs/8_relearn/80_tau.ipynb #01dd9398
 class _Inner(nn.Module):
     "Holds one convolution under the published name."
     def __init__(self, dim):
         super().__init__()
         self.dwconv = _depthwise(dim, 3)
 
-    def forward(self, x): return self.dwconv(x)
+    def forward(self,
+        x: Tensor,   # (B, dim, H, W)
+    ) -> Tensor:     # the same shape
+        "Look at the neighbours, each channel for itself."
+        return self.dwconv(x)
 
 # %% ../../nbs/8_relearn/80_tau.ipynb #8f924cb4
 class MixMlp(nn.Module):

@@ -34,7 +34,8 @@ def recent_frames(
     reach = min(pointers, n_frames or pointers)
     ages = [(f, t - s * f) for f in first if s * f <= t]
     ages += [(s * (t - d), d) for d in range(1, reach) if s * (t - d) in spare]
-    return Chosen((*((f, memories - 1) for f in first), *cells[::-1]), tuple(ages), max(reach - 1, 1))
+    return Chosen((*((f, memories - 1) for f in first), *cells[::-1]), tuple(ages),
+                  max(reach - 1, 1))
 
 # %% ../../nbs/6_sam/61_bank.ipynb #c7a6db6a
 def nearest_prompted(

@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/6_sam/discs.html.md"""
 __all__ = ['SHIPPED_DISCS', 'DiscClips', 'disc_clips', 'DiscEyes', 'create_disc_tracker', 'unroll', 'track_loss', 'train_discs',
            'judge_discs', 'load_discs']
 
-# %% ../../nbs/6_sam/61_discs.ipynb #35e1ce6c
+# %% ../../nbs/6_sam/61_discs.ipynb #2c8f03ae
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 import timet_nb
 from ..base.runtime import CheckpointError, explain
-from ..evaluate.boundary import soft_dice
+from ..evaluate.boundary import mask_iou, soft_dice
 from ..features.checkpoints import load_state, shipped_weights
 from .bank import recent_frames
 from .release import fill_sam2
@@ -54,7 +54,7 @@ def disc_clips(
              for t in range(length)]
     return DiscClips(*(torch.stack(x, 1) for x in zip(*shown)))
 
-# %% ../../nbs/6_sam/61_discs.ipynb #2fc7e29e
+# %% ../../nbs/6_sam/61_discs.ipynb #6764460a
 def _two_colours(n, draw):
     "Two different corners of the colour cube."
     a = draw(n, 3) > .5
@@ -73,6 +73,7 @@ def _bar(n, side, draw):
     x = torch.arange(side) + .5
     return ((x > left) & (x < left + .34 * side))[:, None].expand(-1, side, -1)
 
+# %% ../../nbs/6_sam/61_discs.ipynb #2fc7e29e
 def _frame(ground, colours, rows, columns, post, draw):
     "One frame of all clips: picture, seen part and whole of the first disc."
     n, side = len(ground), ground.shape[-1]
@@ -80,8 +81,8 @@ def _frame(ground, colours, rows, columns, post, draw):
     at = lambda v: v[:, None, None]
     discs = [(x - at(c)) ** 2 + (y - at(r)) ** 2 < (.11 * side) ** 2 for r, c in zip(rows, columns)]
     image = ground
-    for disc, colour in zip(discs, colours): image = torch.where(disc[:, None],
-                                                                 colour[..., None, None], image)
+    for disc, colour in zip(discs, colours):
+        image = torch.where(disc[:, None], colour[..., None, None], image)
     image = torch.where(post[:, None], .5, image) + .06 * (draw(n, 3, side, side) - .5)
     return image.clamp(0, 1), discs[0] & ~post, discs[0]
 
@@ -92,8 +93,9 @@ class DiscEyes(nn.Module):
         dim: int = 32,             # width of the features
     ):
         super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.GELU(), nn.Conv2d(16, dim, 3, 2, 1), nn.GELU(),
-                                 nn.Conv2d(dim, dim, 3, 1, 1))
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 16, 4, 4), nn.GELU(),
+            nn.Conv2d(16, dim, 3, 2, 1), nn.GELU(), nn.Conv2d(dim, dim, 3, 1, 1))
 
     def forward(self,
         x: Tensor,                 # (B, 3, S, S) float RGB in [0, 1]
@@ -173,7 +175,7 @@ def train_discs(
     model.eval()
     return losses
 
-# %% ../../nbs/6_sam/61_discs.ipynb #ef0c4ed9
+# %% ../../nbs/6_sam/61_discs.ipynb #28412094
 @torch.no_grad()
 def judge_discs(
     model: Sam2,                   # in eval mode
@@ -185,7 +187,7 @@ def judge_discs(
     side = clips.seen.shape[-1]
     low = torch.cat([F.interpolate(f.low, (side, side), mode="bilinear") for f in found], 1) > 0
     seen, area = clips.seen[:, 1:], clips.seen[:, 1:].flatten(2).sum(2)
-    iou = (low & seen).flatten(2).sum(2) / (low | seen).flatten(2).sum(2).clamp(min=1)
+    iou = mask_iou(low, seen, empty=0., dtype=torch.float32)
     there, score = area > enough, torch.cat([f.score for f in found], 1) > 0
     after = there & ((area == 0).cumsum(1) > 0)
     return dict(iou=float(iou[there].mean()), score=float((score == there).float().mean()),

@@ -108,7 +108,7 @@ def hiding_scene(
     ground, called = Layer(backdrop(place), parallax=.6), f"hiding-{part}-{seed}"
     return Scene((ground, *layers), size, n_frames, pan, Light(noise=2.), seed, called)
 
-# %% ../../nbs/6_sam/61_hiding.ipynb #ffdb8fa3
+# %% ../../nbs/6_sam/61_hiding.ipynb #b8f94584
 def _cross(rng, n_frames, size):
     "A way through the middle of the picture."
     (H, W), side = size, _pick(rng, (-1, 1))
@@ -129,6 +129,7 @@ def _drifter(rng, part, first, name, id, n_frames, size):
                     spin=rng.uniform(-10, 10) / n_frames)
     return Layer(sprite, motion, id, own)
 
+# %% ../../nbs/6_sam/61_hiding.ipynb #ffdb8fa3
 def _in_the_way(rng, part, place, first, hero, n_frames, size):
     "A board in the middle of the hero's way, wide enough to hide it for a frame or more."
     (H, W), wide = size, float(np.hypot(*first.alpha.shape)) * first.scale

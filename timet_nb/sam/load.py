@@ -80,7 +80,7 @@ def load_sam(
 
     `sam = load_sam("sam_vit_b_01ec64.pth")` reads a published file and tells ViT-B, L and H by its
     size. Files of `Sam.save` know their settings, too. Another architecture needs its `config` and
-    `encoder`, with a `rename` from the official encoder's names (below `image_encoder.`) to its own.
+    `encoder`, with a `rename` from the official names (below `image_encoder.`) to its own.
     To train on, call `sam.requires_grad_(True)`."""
     notes = {} if isinstance(source, Mapping) else load_header(source)
     if notes.get("kind") == "timet-sam": return _load_own(source, notes, config, encoder, device)

@@ -57,7 +57,7 @@ class Session:
         n_frames: int | None = None,  # length of the video; None: of the source, or unknown
         rule: Callable = recent_frames,     # which frames are read
         pick: Callable = best_candidates,   # which candidates live on
-        reach: float | None = None,   # frames after which a memory goes; None: when no rule can read it
+        reach: float | None = None,   # frames after which a memory goes; None: as the rules need
         corrections: bool = False,    # prompts on frames that were tracked before stay for ever
         grad: bool = False,           # let gradients through
     ):
@@ -67,8 +67,9 @@ class Session:
         self.n_frames = n_frames or (len(self.source) if self.source else None)
         self.reach = max(c.pointers, c.memories) if reach is None else reach
         self.corrections, self.reverse, self.now, self.size = corrections, False, None, None
-        self.said, self.todo, self.paths = {}, set(), {}     # {(object, frame): Said}, {object: [Path]}
-        self.image, self.seen, self.looks = None, (None, None), 0   # the frame in view, its features
+        self.said = {}                                  # {(object, frame): Said}
+        self.todo, self.paths = set(), {}               # {(object, frame)}, {object: [Path]}
+        self.image, self.seen, self.looks = None, (None, None), 0   # frame in view, its features
 
     @property
     def objects(self) -> list:        # in the order in which they came
@@ -171,13 +172,14 @@ def _asked(self: Session, path, frame, seen, ask, fresh):
 def _choose(self: Session, path, frame):
     "Which memories a frame reads."
     c = self.model.config
-    return self.rule(frame, path.prompted, path.tracked, c.memories, c.pointers, self.reverse, self.n_frames)
+    return self.rule(frame, path.prompted, path.tracked, c.memories, c.pointers, self.reverse,
+                     self.n_frames)
 
 # %% ../../nbs/6_sam/61_memory.ipynb #799ad263
 @patch
 def step(
     self: Session,
-    image=None,                   # (3, H, W) float RGB in [0, 1], or features of it; None: of the source
+    image=None,                   # (3, H, W) RGB in [0, 1], or features of it; None: of the source
     index: int | None = None,     # its number; None: the next one
 ) -> Tracked:
     "Let one frame pass."
@@ -201,7 +203,8 @@ def _pass(self: Session, t):
     seen = self._at(t)
     both = {o: self._find(o, t, seen) for o in busy}
     masks = {o: from_canvas(f.low, seen.view)[0, 0] for o, (f, _) in both.items()}
-    return Tracked(t, masks, {o: f for o, (f, _) in both.items()}, {o: r for o, (_, r) in both.items()})
+    return Tracked(t, masks, {o: f for o, (f, _) in both.items()},
+                   {o: r for o, (_, r) in both.items()})
 
 # %% ../../nbs/6_sam/61_memory.ipynb #d10f1cea
 @patch
@@ -290,5 +293,5 @@ def _length(source):
 def _too_late(session):
     "Which prompts were never reached."
     object, frame = min(session.todo, key=lambda x: x[1])
-    return explain(f"prompt for object {object!r} on frame {frame}", f"a video of {session.now + 1} frames",
-                   f"{frame + 1} or more")
+    return explain(f"prompt for object {object!r} on frame {frame}",
+                   f"a video of {session.now + 1} frames", f"{frame + 1} or more")

@@ -25,7 +25,8 @@ def axial_angles(
     "How far each pair of numbers of a vector is turned, at every cell."
     if dim % 4: raise ConfigError(explain("dim", dim, "a multiple of 4"))
     speed = theta ** -(torch.arange(0, dim, 4, device=device).float() / dim)
-    y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+    y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device),
+                          indexing="ij")
     return torch.cat([x.reshape(-1, 1) * speed, y.reshape(-1, 1) * speed], 1)
 
 # %% ../../nbs/6_sam/61_memory_attention.ipynb #8cee0387
@@ -61,7 +62,8 @@ class RotaryAttention(nn.Module):
 @patch
 def _turned(self: RotaryAttention, q, k, grid, placeless):
     "Queries and keys by head (B, heads, N, d), turned where they have a place."
-    q, k = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (self.q_proj(q), self.k_proj(k)))
+    q, k = (x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for x in (self.q_proj(q), self.k_proj(k)))
     S, n = k.shape[2] - placeless, q.shape[2]
     if grid[0] * grid[1] != n or S % n: raise DataError(explain(
         "memory", f"{S} keys with a place, {n} queries on a grid {tuple(grid)}",

@@ -24,10 +24,12 @@ class MaskDownsampler(nn.Module):
     ):
         super().__init__()
         steps = int(math.log2(stride))
-        if stride < 2 or 2 ** steps != stride: raise ConfigError(explain("stride", stride, "2, 4, 8, ..."))
+        if stride < 2 or 2 ** steps != stride:
+            raise ConfigError(explain("stride", stride, "2, 4, 8, ..."))
         self.stride, parts = stride, []
         for i in range(steps):
-            parts += [nn.Conv2d(4 ** i, 4 ** (i + 1), 3, 2, 1), ChannelNorm(4 ** (i + 1)), nn.GELU()]
+            parts += [nn.Conv2d(4 ** i, 4 ** (i + 1), 3, 2, 1), ChannelNorm(4 ** (i + 1)),
+                      nn.GELU()]
         self.encoder = nn.Sequential(*parts, nn.Conv2d(4 ** steps, dim, 1))
 
     def forward(self,

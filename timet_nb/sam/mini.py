@@ -10,7 +10,7 @@ __all__ = ['BUDGETS', 'HELD_OUT', 'Kept', 'keep', 'fill_bank', 'MiniTrainConfig'
            'surrounded', 'listening', 'make_mini', 'trained_on', 'main', 'held_out', 'MiniEyes', 'MiniSam', 'SHIPPED',
            'create_mini', 'mini_sam', 'save_mini', 'shipped_sam', 'SamConfig']
 
-# %% ../../nbs/6_sam/60_mini.ipynb #035c814b
+# %% ../../nbs/6_sam/60_mini.ipynb #a96c302e
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +29,7 @@ from ..base.train import FitResult, fit
 from ..data.classes import class_set
 from ..data.frames import read_clip
 from ..data.layout import find_layout
-from ..evaluate.boundary import soft_dice
+from ..evaluate.boundary import mask_iou, soft_dice
 from .clicks import first_click, next_click
 from .mini_model import (
     MiniEyes, MiniSam, SHIPPED, create_mini, mini_sam, save_mini, shipped_sam)
@@ -38,7 +38,7 @@ from .segment import Sam, SamConfig, SamFeatures, lay, view_on
 _all_ = ["MiniEyes", "MiniSam", "SHIPPED", "create_mini", "mini_sam", "save_mini", "shipped_sam",
          "SamConfig"]
 
-# %% ../../nbs/6_sam/60_mini.ipynb #6adf54e6
+# %% ../../nbs/6_sam/60_mini.ipynb #5e19223c
 @dataclass(frozen=True, eq=False, repr=False)
 class Kept:
     "A picture as training needs it."
@@ -50,6 +50,7 @@ class Kept:
 
     def __repr__(self): return f"Kept({self.name}: {len(self.targets)} targets)"
 
+# %% ../../nbs/6_sam/60_mini.ipynb #6adf54e6
 @torch.no_grad()
 def keep(
     sam: Sam,            # whose ViT looks
@@ -73,7 +74,8 @@ def fill_bank(
 ) -> list[Kept]:
     "Keep what a training needs of some pictures."
     bank = [k for s in shown if (k := keep(sam, s)) is not None]
-    if not bank: raise DataError(explain("shown", "no target", "at least one picture with a target"))
+    if not bank:
+        raise DataError(explain("shown", "no target", "at least one picture with a target"))
     return bank
 
 # %% ../../nbs/6_sam/60_mini.ipynb #10eb9cfb
@@ -81,7 +83,7 @@ def fill_bank(
 class MiniTrainConfig:
     "How a small SAM is trained."
     steps: int = 600             # updates
-    coarse: int = 450            # of these, the first ones on a grid half as fine: a quarter of the time
+    coarse: int = 450            # the first of these, on a grid half as fine: a quarter of the time
     batch: int = 4               # pictures an update
     prompts: int = 2             # prompts a picture
     rounds: int = 3              # answers a prompt: to the first click, and to each correction
@@ -94,7 +96,7 @@ class MiniTrainConfig:
     iou: float = 1.              # weight of the guess of the IoU
     score: float = .2            # weight of the score of presence
     box: float = .2              # share of prompts that begin with a box
-    silent: float = .25          # share of prompts that go without hints: a plain SAM must work, too
+    silent: float = .25          # share of prompts without hints: a plain SAM must work, too
     mask: float = .1             # share that begin with a mask; half of them are of another picture
 
 # %% ../../nbs/6_sam/60_mini.ipynb #b0c89348
@@ -187,7 +189,7 @@ def correct(
     for k in range(P): _put(more, k, -1, next_click(truth[k], low[k, 0] > 0, _how(rng), rng), rng)
     return more
 
-# %% ../../nbs/6_sam/60_mini.ipynb #e8ba0fa2
+# %% ../../nbs/6_sam/60_mini.ipynb #6980ad0d
 def mask_costs(
     logits: Tensor,               # (P, M, G, G)
     truth: Tensor,                # (P, G, G) bool
@@ -199,7 +201,7 @@ def mask_costs(
     focal = (torch.where(y, .25, .75) * (1 - p)**2 * -F.logsigmoid(torch.where(y, logits, -logits)))
     soft, hard = logits.sigmoid(), logits > 0
     dice = 1 - soft_dice(soft.flatten(2), y.flatten(2))
-    iou = (hard & y).sum((2, 3)) / (hard | y).sum((2, 3)).clamp(min=1)
+    iou = mask_iou(hard, y, empty=0., dtype=torch.float32)
     return config.focal * focal.mean((2, 3)) + config.dice * dice, iou
 
 # %% ../../nbs/6_sam/60_mini.ipynb #5f46ff5d
@@ -213,8 +215,9 @@ def answer_costs(
     cost, iou = mask_costs(out.masks, truth, config)
     found = cost[:, 0] + cost[:, 1:].amin(1) + config.iou * (out.iou - iou).square().mean(1)
     loss = (found * present).sum() / present.sum().clamp(min=1)
-    if out.object_score is not None: loss = loss + config.score * F.binary_cross_entropy_with_logits(
-        out.object_score[:, 0], present)
+    if out.object_score is not None:
+        loss = loss + config.score * F.binary_cross_entropy_with_logits(
+            out.object_score[:, 0], present)
     return loss, iou
 
 # %% ../../nbs/6_sam/60_mini.ipynb #69d20e31
@@ -243,7 +246,8 @@ def click_loss(
 ) -> dict[str, Tensor]:           # loss, and the mean IoU after every round
     "Ask, be corrected, answer again: the mean loss of all answers."
     features, truth, shown = _laid(sam, bank, asks)
-    rng, present = np.random.default_rng(asks.seed), torch.tensor([k != "absent" for k in asks.kinds])
+    rng = np.random.default_rng(asks.seed)
+    present = torch.tensor([k != "absent" for k in asks.kinds])
     turn, loss, out = open_turn(shown, asks.kinds, rng), 0., {}
     told = torch.from_numpy(rng.random(len(truth)) >= config.silent)
     for r in range(config.rounds):
@@ -257,7 +261,7 @@ def click_loss(
 
 # %% ../../nbs/6_sam/60_mini.ipynb #5680b437
 def _laid(sam, bank, asks):
-    "Features a prompt; what is there; and what is shown as a mask, which may be of another picture."
+    "Features a prompt; what is there; what is shown as a mask, which may be of another picture."
     kept, at = [bank[p] for p in asks.pictures], torch.tensor(asks.at)
     canvas = torch.stack([k.canvas for k in kept]).float() / 255
     maps, high = sam.image_encoder.finish(torch.stack([k.raw for k in kept]), canvas)
@@ -278,6 +282,14 @@ def halved(
     masks = F.avg_pool2d(kept.targets.float(), 2) > .5
     return replace(kept, raw=F.avg_pool2d(kept.raw.float(), 2).half(), targets=masks)
 
+# %% ../../nbs/6_sam/60_mini.ipynb #2b8c227d
+def _learned(sam):
+    "What is trained, in one module: all but the ViT."
+    eyes = sam.image_encoder
+    return nn.ModuleDict(dict(
+        neck=eyes.neck, fine=eyes.fine, middle=eyes.middle, widen=eyes.widen,
+        prompts=sam.prompt_encoder, decoder=sam.mask_decoder, key=sam.key, hint=sam.hint))
+
 # %% ../../nbs/6_sam/60_mini.ipynb #7af52ec8
 def train_mini(
     sam: Sam,                        # trained in place
@@ -290,11 +302,7 @@ def train_mini(
     "Train everything but the ViT on questions about kept pictures."
     warmup = min(config.warmup, config.steps - 1)
     rate = cosine(config.lr, 0., config.steps, warmup, config.lr / max(warmup, 1))
-    learns = nn.ModuleDict({n: m for n, m in dict(
-        neck=sam.image_encoder.neck, fine=sam.image_encoder.fine, middle=sam.image_encoder.middle,
-        widen=sam.image_encoder.widen, prompts=sam.prompt_encoder, decoder=sam.mask_decoder,
-        key=sam.key, hint=sam.hint).items()})
-    groups = decay_split(learns, rate, config.weight_decay, "mini")
+    groups = decay_split(_learned(sam), rate, config.weight_decay, "mini")
     groups.append(dict(name="no_mem", params=[sam.no_mem_embed], lr=rate, weight_decay=0.))
     small, full = [halved(k) for k in bank] if config.coarse else [], sam.prompt_encoder.grid
     def _loss(m, asks):
@@ -307,7 +315,8 @@ def train_mini(
                device="cpu", desc="mini sam", config=asdict(config), **options)
 
 # %% ../../nbs/6_sam/60_mini.ipynb #d09c6722
-BUDGETS = {   # generated pictures, varied ones of each labelled picture, composed ones; steps, coarse
+# generated pictures, varied ones of each labelled picture, composed ones; steps, coarse
+BUDGETS = {
     "smoke": (10, 0, 0, 4, 2), "cpu": (260, 2, 70, 480, 400), "gpu": (4000, 8, 2000, 8000, 5000)}
 
 # The clips that click-to-mask is measured on: never trained on.
@@ -341,11 +350,11 @@ def surrounded(
 def listening(
     train: MiniTrainConfig,     # of the first phase
     steps: int,                 # of the second
-) -> MiniTrainConfig:           # of the second: half the rate, a quick rise, longer on the fine grid
+) -> MiniTrainConfig:           # half the rate, a quick rise, longer on the fine grid
     "Settings of the phase in which surroundings are targets."
     return replace(train, steps=steps, coarse=steps * 115 // 160, lr=train.lr / 2, warmup=10)
 
-# %% ../../nbs/6_sam/60_mini.ipynb #0c4f6d55
+# %% ../../nbs/6_sam/60_mini.ipynb #e9d0147b
 def make_mini(
     path: str | Path | None = None,   # a .safetensors file to write; None: none
     budget: str = "cpu",              # smoke | cpu | gpu
@@ -368,6 +377,7 @@ def make_mini(
                        pictures=len(bank), trained_on=trained_on(data))
     return sam.eval()
 
+# %% ../../nbs/6_sam/60_mini.ipynb #0c4f6d55
 def trained_on(
     data: str | Path | None,    # as in `make_mini`
 ) -> str:                       # a sentence for the header

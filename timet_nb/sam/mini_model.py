@@ -197,13 +197,14 @@ def save_mini(
     return sam.save(path, half=True, leave=LEFT, eyes=sam.image_encoder.backbone.fingerprint(),
                     hints=True, **notes)
 
-# %% ../../nbs/6_sam/60_mini_model.ipynb #0efc4e05
+# %% ../../nbs/6_sam/60_mini_model.ipynb #a0a592f4
 SHIPPED = "sam-mini.safetensors"
 
 def shipped_sam() -> Path | None:   # None: this is no checkout, or it has none
     "Find the small SAM that comes with a checkout."
     return shipped_weights(SHIPPED)
 
+# %% ../../nbs/6_sam/60_mini_model.ipynb #0efc4e05
 def mini_sam(
     weights: str | Path | None = None,   # a file of `save_mini`; None: the shipped one
     backbone: nn.Module | None = None,   # None: the one that the file names
@@ -220,12 +221,14 @@ def mini_sam(
         str(path), "no small SAM", "a file of save_mini", "load_sam reads the others"))
     sam = create_mini(_config_of(notes["config"]), backbone)
     if strict and sam.image_encoder.backbone.fingerprint() != notes["eyes"]:
-        raise CheckpointError(explain(str(path), "trained on other features", "the ViT it was trained "
-                                      "with", "strict=False tries it nevertheless"))
+        raise CheckpointError(explain(
+            str(path), "trained on other features", "the ViT it was trained with",
+            "strict=False tries it nevertheless"))
     own = {k: v for k, v in sam.state_dict().items() if k.startswith(LEFT)}
     load_into(sam, {**own, **{k: v.float() for k, v in state.items()}}, 1., str(path))
     return sam.to(device).eval().requires_grad_(False)
 
+# %% ../../nbs/6_sam/60_mini_model.ipynb #d886e588
 def _config_of(saved):
     "A SamConfig from JSON, where tuples became lists."
     saved = check_config(SamConfig, saved)

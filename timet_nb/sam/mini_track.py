@@ -10,7 +10,7 @@ __all__ = ['BUDGETS', 'TrackTrainConfig', 'Rolls', 'starts', 'draw_rolls', 'answ
            'SHIPPED_TRACK', 'WORDS', 'begin_alike', 'coarser', 'create_mini_track', 'fill_mini_track',
            'load_mini_track', 'memory_parts', 'sam_mark', 'save_mini_track', 'shipped_track']
 
-# %% ../../nbs/6_sam/61_mini_track.ipynb #8e22b441
+# %% ../../nbs/6_sam/61_mini_track.ipynb #629daaaf
 import argparse
 import random
 from collections.abc import Sequence
@@ -35,6 +35,8 @@ from .mini_memory import (
     load_mini_track, memory_parts, sam_mark, save_mini_track, shipped_track)
 from .sam2 import Found, Sam2, Sam2Config
 from .segment import Sam, SamFeatures
+
+# %% ../../nbs/6_sam/61_mini_track.ipynb #8e22b441
 _all_ = ["CELL", "Film", "GridSam", "Reel", "develop", "grid_sam", "shoot", "PARTS",
          "SHIPPED_TRACK", "WORDS", "begin_alike", "coarser", "create_mini_track",
          "fill_mini_track", "load_mini_track", "memory_parts", "sam_mark", "save_mini_track",

@@ -225,7 +225,7 @@ def still(
     if self.config.version == 1: return features.embedding
     return features.embedding + self.no_mem_embed.reshape(1, -1, 1, 1)
 
-# %% ../../nbs/6_sam/60_model.ipynb #ece7d55e
+# %% ../../nbs/6_sam/60_model.ipynb #d186d99f
 @patch
 def decode(
     self: Sam,
@@ -245,6 +245,7 @@ def decode(
     return self.mask_decoder(self.still(features), self.prompt_encoder.dense_pe(), sparse, dense,
                              multimask, features.high_res)
 
+# %% ../../nbs/6_sam/60_model.ipynb #ece7d55e
 @patch
 def dense(
     self: Sam,

@@ -91,7 +91,11 @@ class _Lateral(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(width, dim, 1)
 
-    def forward(self, x): return self.conv(x)
+    def forward(self,
+        x: Tensor,       # (B, width, h, w)
+    ) -> Tensor:         # (B, dim, h, w)
+        "A convolution of 1 x 1."
+        return self.conv(x)
 
 # %% ../../nbs/6_sam/61_neck.ipynb #2c8e767a
 class Sam2ImageEncoder(nn.Module):

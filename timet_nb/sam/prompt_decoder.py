@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/6_sam/prompt_decoder.html.md"""
 # %% auto #0
 __all__ = ['Decoded', 'MaskDecoder', 'stability']
 
-# %% ../../nbs/6_sam/60_prompt_decoder.ipynb #281cfc10
+# %% ../../nbs/6_sam/60_prompt_decoder.ipynb #2294a771
 from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
@@ -60,7 +60,7 @@ def _note(self: MaskDecoder, dim, n, version, score, fine, dynamic, delta, stabl
     self.has_score, self.high_res = (version == 2 if v is None else bool(v) for v in (score, fine))
     self.dim, self.n, self.dynamic, self.delta, self.stable = dim, n, dynamic, delta, stable
 
-# %% ../../nbs/6_sam/60_prompt_decoder.ipynb #4fe8964f
+# %% ../../nbs/6_sam/60_prompt_decoder.ipynb #ee2abacc
 @patch
 def _add_tokens(self: MaskDecoder, mlp):
     "Learned tokens: IoU, masks, and the object score with the head that reads it."

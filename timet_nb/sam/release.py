@@ -27,7 +27,8 @@ def tell_release(
     "Name the release that a state dict belongs to, by its sizes."
     first = state.get("image_encoder.trunk.patch_embed.proj.weight")
     depth = len({k.split(".")[3] for k in state if k.startswith("image_encoder.trunk.blocks.")})
-    fits = [n for n, t in TRUNKS.items() if first is not None and (t.dim, sum(t.stages)) == (len(first), depth)]
+    fits = [n for n, t in TRUNKS.items()
+            if first is not None and (t.dim, sum(t.stages)) == (len(first), depth)]
     return (fits or ["unknown"])[0], "2.1" if "no_obj_embed_spatial" in state else "2.0"
 
 # %% ../../nbs/6_sam/61_release.ipynb #8195efaf
@@ -53,11 +54,13 @@ def fill_sam2(
     "Fill a model with official weights: all of them, or none."
     mine, its = (tell_release(s) for s in (official_state(model), state))
     if mine != its: raise CheckpointError(explain(
-        name, "SAM {1} {0}".format(*its), "SAM {1} {0}".format(*mine), "config=None takes the file's own"))
+        name, "SAM {1} {0}".format(*its), "SAM {1} {0}".format(*mine),
+        "config=None takes the file's own"))
     report = compare(model, ours := trunk_to_timm(dict(state)), name).require(1.)
     if report.unexpected: raise CheckpointError(f"{report.show()}\n  expected: no other tensors")
     if bad := [k for k, v in ours.items() if not v.is_meta and count_bad(v)]:
-        raise CheckpointError(f"{name}: NaN or infinity in {', '.join(bad[:4])}. Nothing was loaded")
+        raise CheckpointError(
+            f"{name}: NaN or infinity in {', '.join(bad[:4])}. Nothing was loaded")
     model.load_state_dict(ours)
     return report
 
@@ -86,13 +89,16 @@ def _config_of(state, notes, path):
     if "sam2" in notes: return _from_notes(notes["sam2"])
     size, version = tell_release(state)
     if size in ("unknown", "test"): raise CheckpointError(explain(
-        str(path), "a trunk of no released size", "tiny, small, base_plus or large", "give config="))
+        str(path), "a trunk of no released size", "tiny, small, base_plus or large",
+        "give config="))
     return Sam2Config.release(size, version)
 
 def _from_notes(notes):
     "Settings as JSON brought them."
-    own = {k: tuple(v) if isinstance(v, list) else v for k, v in check_config(Sam2Config, notes).items()}
-    return Sam2Config(**{**own, "sam": SamConfig(**{**check_config(SamConfig, own["sam"]), "options": ()})})
+    own = {k: tuple(v) if isinstance(v, list) else v
+           for k, v in check_config(Sam2Config, notes).items()}
+    sam = SamConfig(**{**check_config(SamConfig, own["sam"]), "options": ()})
+    return Sam2Config(**{**own, "sam": sam})
 
 # %% ../../nbs/6_sam/61_release.ipynb #06fd141d
 def save_sam2(

@@ -28,7 +28,8 @@ class Shelf:
         block: int = 16,       # frames of a file that are read at once
     ):
         clip = all(hasattr(source, a) for a in ("frames", "masks", "video"))
-        self.reader = ClipReader(source) if clip else source if isinstance(source, ClipReader) else None
+        self.reader = (ClipReader(source) if clip
+                       else source if isinstance(source, ClipReader) else None)
         if self.reader is None and not hasattr(source, "__getitem__"): raise DataError(explain(
             "video", type(source).__name__, "frames that can be asked for by number",
             "a tensor, a list or a Clip; from a generator frames only come forward"))
@@ -74,7 +75,8 @@ def say(
     name: str = "prompt",   # for messages
 ) -> Said:
     "Take down a prompt; where its frame is not there yet, the frame's size is checked later."
-    kinds = [k for k, v in dict(points=points, box=box, mask=mask, tokens=tokens).items() if v is not None]
+    kinds = [k for k, v in dict(points=points, box=box, mask=mask, tokens=tokens).items()
+             if v is not None]
     if not kinds or ("mask" in kinds and len(kinds) > 1): raise DataError(explain(
         name, " and ".join(kinds) or "nothing", "a mask; or points, a box, tokens together"))
     if points is not None:
@@ -88,7 +90,8 @@ def _yes_no(mask, name):
     "A mask of one object, as bool."
     mask = torch.as_tensor(mask)
     if mask.ndim != 2 or (mask.dtype != torch.bool and not set(mask.unique().tolist()) <= {0, 1}):
-        raise DataError(explain(f"mask of {name}", f"{tuple(mask.shape)}, values up to {mask.max()}",
+        raise DataError(explain(f"mask of {name}",
+                                f"{tuple(mask.shape)}, values up to {mask.max()}",
                                 "(H, W) of 0 and 1", "ids == k picks one object"))
     return mask.bool()
 
@@ -111,9 +114,11 @@ def mask_to_canvas(
 ) -> Tensor:             # (1, 1, S, S) 0 or 1
     "Bring a mask to the network's size; the padding is not marked."
     if tuple(mask.shape) != view.size: raise DataError(explain(
-        f"mask of {name}", tuple(mask.shape), f"{view.size}, as its frame", "resize_mask(mask, (H, W))"))
-    small = F.interpolate(mask[None, None].float(), view.seen, mode="bilinear", antialias=True) >= .5
-    return F.pad(small.float(), (0, view.canvas[1] - view.seen[1], 0, view.canvas[0] - view.seen[0]))
+        f"mask of {name}", tuple(mask.shape), f"{view.size}, as its frame",
+        "resize_mask(mask, (H, W))"))
+    small = F.interpolate(mask[None, None].float(), view.seen, mode="bilinear", antialias=True)
+    (H, W), (h, w) = view.canvas, view.seen
+    return F.pad((small >= .5).float(), (0, W - w, 0, H - h))
 
 # %% ../../nbs/6_sam/61_said.ipynb #a8dd073c
 def to_ask(

@@ -23,7 +23,7 @@ from .neck import TRUNKS, create_image_encoder
 from .segment import Sam, SamConfig, SamFeatures, create_sam
 from .two_way import Mlp
 
-# %% ../../nbs/6_sam/61_sam2.ipynb #7dff68ff
+# %% ../../nbs/6_sam/61_sam2.ipynb #594f88d5
 @dataclass(frozen=True)
 class Sam2Config:
     "Sizes and rules of SAM 2: those of its SAM, and those of its memory."
@@ -43,20 +43,21 @@ class Sam2Config:
     single: bool = False             # always one mask, also while tracking (the fork of DC-SAM)
     pad_empty: bool = True           # without a prompt the decoder reads two padding points
 
-    @property
-    def grid(self) -> tuple[int, int]:   # (h, w)
-        "Cells of the features."
-        return (self.sam.size // self.sam.stride,) * 2
+# %% ../../nbs/6_sam/61_sam2.ipynb #7dff68ff
+@patch(as_prop=True)
+def grid(self: Sam2Config) -> tuple[int, int]:   # (h, w)
+    "Cells of the features."
+    return (self.sam.size // self.sam.stride,) * 2
 
-    @property
-    def fold(self) -> int:               # a power of 2; `stride` in all releases
-        "Pixels a side of one cell in masks that are stored."
-        return 2 ** max(2, round(math.log2(self.sam.stride)))
+@patch(as_prop=True)
+def fold(self: Sam2Config) -> int:               # a power of 2; `stride` in all releases
+    "Pixels a side of one cell in masks that are stored."
+    return 2 ** max(2, round(math.log2(self.sam.stride)))
 
-    @property
-    def mask_size(self) -> tuple[int, int]:   # (H, W); the canvas in all releases
-        "Size of masks that are stored."
-        return tuple(self.fold * n for n in self.grid)
+@patch(as_prop=True)
+def mask_size(self: Sam2Config) -> tuple[int, int]:   # (H, W); the canvas in all releases
+    "Size of masks that are stored."
+    return tuple(self.fold * n for n in self.grid)
 
 # %% ../../nbs/6_sam/61_sam2.ipynb #4d4b355a
 @patch(cls_method=True)
@@ -76,7 +77,8 @@ def test(cls: Sam2Config,
     **changes,              # other settings
 ) -> Sam2Config:
     "A model of some hundred thousand weights, for tests and for looking inside: 64 pixels."
-    sam = replace(SamConfig.sam2("test"), size=64, dim=32, mlp_dim=64, iou_hidden=32, mask_channels=8)
+    sam = replace(SamConfig.sam2("test"), size=64, dim=32, mlp_dim=64, iou_hidden=32,
+                  mask_channels=8)
     return cls(**{**dict(sam=sam, memory_dim=16, layers=2, hidden=64), **changes})
 
 # %% ../../nbs/6_sam/61_sam2.ipynb #3fa05688
@@ -219,7 +221,8 @@ def _scales(self: Sam2, chosen):
     "One factor a token, or None."
     c, one = self.config, lambda given, frames: given or (1.,) * len(frames)
     if chosen.cell_scales is None and chosen.pointer_scales is None: return None
-    cells, pointers = one(chosen.cell_scales, chosen.cells), one(chosen.pointer_scales, chosen.pointers)
+    cells = one(chosen.cell_scales, chosen.cells)
+    pointers = one(chosen.pointer_scales, chosen.pointers)
     row = lambda x, n: torch.tensor(x, device=self.device).repeat_interleave(n)
     return torch.cat([row(cells, c.grid[0] * c.grid[1]), row(pointers, c.sam.dim // c.memory_dim)])
 
@@ -236,7 +239,8 @@ def read(
         return seen.embedding + self.no_mem_embed.reshape(1, -1, 1, 1)
     x, grid = seen.embedding.flatten(2).transpose(1, 2), self.config.grid
     memory, places, pointers = self.lay(bank, chosen)
-    x = self.memory_attention(x, self.frame_places, memory, places, grid, pointers, self._scales(chosen))
+    x = self.memory_attention(x, self.frame_places, memory, places, grid, pointers,
+                              self._scales(chosen))
     return x.transpose(1, 2).unflatten(2, grid)
 
 # %% ../../nbs/6_sam/61_sam2.ipynb #2462d936
@@ -285,7 +289,8 @@ def decode(
     several = self._several(ask) if several is None else several
     pe = self.sam_prompt_encoder.dense_pe()
     out = self.sam_mask_decoder(image, pe, sparse, dense, several, seen.high_res)
-    score = out.iou.new_full((len(out.iou), 1), 10.) if out.object_score is None else out.object_score
+    score = out.object_score
+    if score is None: score = out.iou.new_full((len(out.iou), 1), 10.)
     low = torch.where(score[:, :, None, None] > 0, out.masks, -1024.)
     pointer = torch.where(score[:, :, None] > 0, self.obj_ptr_proj(out.tokens), self.no_obj_ptr)
     return Candidates(low, out.iou, pointer, score)
@@ -314,7 +319,8 @@ def given(
     one = self.decode(seen.embedding, seen, None, self.mask_downsample(mask.float()), False)
     there = mask.flatten(1).any(1, keepdim=True)
     pointer = torch.where(there, one.pointer[:, 0], self.no_obj_ptr)
-    return Found(low, torch.ones_like(there, dtype=low.dtype), pointer, there.float() * 20 - 10, full)
+    sure = torch.ones_like(there, dtype=low.dtype)
+    return Found(low, sure, pointer, there.float() * 20 - 10, full)
 
 # %% ../../nbs/6_sam/61_sam2.ipynb #bd05d5f1
 @patch
@@ -330,7 +336,8 @@ def store(
     mask = (full > 0).float() if prompted and c.binarise else full.sigmoid()
     cells, _ = self.memory_encoder(seen.embedding, mask * c.scale + c.shift)
     if c.absent_cells:
-        cells = cells + (found.score <= 0)[..., None, None] * self.no_obj_embed_spatial[..., None, None]
+        absent = (found.score <= 0)[..., None, None]
+        cells = cells + absent * self.no_obj_embed_spatial[..., None, None]
     return Entry(cells, found, prompted)
 
 # %% ../../nbs/6_sam/61_sam2.ipynb #dfc76958
@@ -341,11 +348,11 @@ def create_sam2(
 ) -> Sam2:                                 # random weights, in eval mode
     "Build a model."
     if isinstance(config, str): config = _named(config)
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if str(device) == "meta" else "cpu"):
+    first, size = "meta" if str(device) == "meta" else "cpu", config.sam.encoder
+    with torch.random.fork_rng(devices=[]), torch.device(first):
         torch.manual_seed(seed)
-        encoder = create_image_encoder(config.sam.encoder.removeprefix("sam2_hiera_"), config.sam.dim)
-        model = Sam2(create_sam(config.sam, encoder, seed, "meta" if str(device) == "meta" else "cpu"),
-                     config)
+        encoder = create_image_encoder(size.removeprefix("sam2_hiera_"), config.sam.dim)
+        model = Sam2(create_sam(config.sam, encoder, seed, first), config)
     return model.to(device).eval()
 
 def _named(name):

@@ -9,14 +9,14 @@ __all__ = ['ToyEyes', 'toy_sam', 'prompt_loss', 'random_clicks', 'practise', 'Sa
            'mask_on_canvas', 'to_canvas', 'view_on', 'check_boxes', 'check_points', 'guess_config', 'load_sam',
            'rename_vit', 'sam_state', 'Sam', 'SamConfig', 'SamFeatures', 'SamVit', 'create_sam']
 
-# %% ../../nbs/6_sam/60_segment.ipynb #01097637
+# %% ../../nbs/6_sam/60_segment.ipynb #c746055e
 from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from ..base.runtime import DataError, explain
-from ..evaluate.boundary import soft_dice
+from ..evaluate.boundary import mask_iou, soft_dice
 from .canvas import (
     SamView, check_boxes, check_points, from_canvas, lay, mask_on_canvas, to_canvas, view_on)
 from .load import guess_config, load_sam, rename_vit, sam_state
@@ -55,7 +55,7 @@ def toy_sam(
         torch.manual_seed(seed); eyes = ToyEyes()
     return create_sam(SamConfig.tiny(encoder="", size=side, stride=8), eyes, seed)
 
-# %% ../../nbs/6_sam/60_segment.ipynb #5cdb48fa
+# %% ../../nbs/6_sam/60_segment.ipynb #6bc03f80
 def prompt_loss(
     logits: Tensor,              # (B, M, h, w) masks
     guess: Tensor,               # (B, M) guessed IoU
@@ -67,7 +67,7 @@ def prompt_loss(
     cross = F.binary_cross_entropy_with_logits(logits, y, reduction="none").mean((2, 3))
     dice = 1 - soft_dice(p.flatten(2), y.flatten(2))
     each = 3 * cross + dice
-    iou = (on & (y > 0)).sum((2, 3)) / (on | (y > 0)).sum((2, 3)).clamp(min=1)
+    iou = mask_iou(on, y > 0, empty=0., dtype=torch.float32)
     return each.min(1).values.mean() + .1 * each.mean() + F.mse_loss(guess, iou)
 
 # %% ../../nbs/6_sam/60_segment.ipynb #7af3577e
@@ -168,7 +168,7 @@ def prompts(
     view: SamView,                   # of the picture
     points=None,                     # (N, 2) or (K, N, 2) x, y in pixels of the picture
     labels=None,                     # (N,) or (K, N) 1 here, 0 not here; None: all 1
-    box=None,                        # (4,) or (K, 4) left, top, right, bottom, pixels of the picture
+    box=None,                        # (4,) or (K, 4) left, top, right, bottom in its pixels
     mask=None,                       # (H, W) bool, or (4h, 4w) logits of an answer; (K, ...)
     tokens=None,                     # (here, not here), each (P, dim), (K, P, dim) or None
 ) -> dict:                           # arguments of `decode`
@@ -208,9 +208,9 @@ def _whole(given, points, labels):
 def ask(
     self: Sam,
     features: SamFeatures,           # of one picture, of `look`
-    points=None,                     # list or tensor (N, 2), (K, N, 2): x, y in the picture's pixels
+    points=None,                     # list or tensor (N, 2), (K, N, 2): x, y, pixels of the picture
     labels=None,                     # (N,) or (K, N) 1 here, 0 not here; None: all 1
-    box=None,                        # (4,) or (K, 4) left, top, right, bottom, pixels of the picture
+    box=None,                        # (4,) or (K, 4) left, top, right, bottom in its pixels
     mask=None,                       # (H, W) bool, or (4h, 4w) logits of an answer; (K, ...)
     tokens=None,                     # (here, not here), each (P, dim), (K, P, dim) or None
     multimask: bool | None = None,   # several masks; None: for a single click

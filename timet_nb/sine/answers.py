@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/5_sine/answers.html.md"""
 __all__ = ['View', 'view_of', 'lay_picture', 'lay_masks', 'cells_in_view', 'on_canvas', 'bring_back', 'semantic_map',
            'semantic_back', 'mask_quality', 'Found', 'find_instances', 'find_identities', 'join_found', 'mask_boxes']
 
-# %% ../../nbs/5_sine/53_answers.ipynb #54e3967b
+# %% ../../nbs/5_sine/53_answers.ipynb #d93816f8
 from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from ..base.runtime import ConfigError, DataError, explain
 from ..data.frames import resize
+from ..evaluate.average_precision import mask_boxes
+_all_ = ["mask_boxes"]
 
 # %% ../../nbs/5_sine/53_answers.ipynb #02642ec3
 @dataclass(frozen=True)
@@ -203,18 +205,3 @@ def join_found(
     joined = [torch.cat(p) for p in parts]
     order = joined[0].argsort(descending=True, stable=True)[:top]
     return Found(*(x[order] for x in joined))
-
-# %% ../../nbs/5_sine/53_answers.ipynb #16205b93
-def mask_boxes(
-    masks: Tensor,           # (n, H, W) bool
-    official: bool = False,  # True: the last row and column are left out, as the authors do
-) -> Tensor:                 # (n, 4) x0, y0, x1, y1 in pixels; zeros for an empty mask
-    "Draw the tightest box around each mask."
-    rows, cols = masks.any(2), masks.any(1)
-    (y0, y1), (x0, x1) = (_ends(m, official) for m in (rows, cols))
-    return torch.stack([x0, y0, x1, y1], 1) * masks.flatten(1).any(1)[:, None]
-
-def _ends(line, official):
-    "First place that is on, and the one after the last."
-    n = line.shape[1]
-    return line.int().argmax(1), n - line.flip(1).int().argmax(1) - int(official)

@@ -54,7 +54,7 @@ class SineConfig:
     overlap: str = "best"               # "best", or "highest" (the authors')
     official: bool = False              # small objects may be lost, as in the authors' code
 
-# %% ../../nbs/5_sine/53_model.ipynb #bae6afa8
+# %% ../../nbs/5_sine/53_model.ipynb #f87d9b1b
 @patch(cls_method=True)
 def paper(cls: SineConfig,
     **changes,        # other settings
@@ -69,6 +69,7 @@ def video(cls: SineConfig,
     "The video protocol of the paper: short side 518, canvas 1036 x 1036."
     return cls.paper(**{**dict(size=518, longest=1036, pad=1036), **changes})
 
+# %% ../../nbs/5_sine/53_model.ipynb #bae6afa8
 @patch(cls_method=True)
 def mini(cls: SineConfig,
     **changes,        # other settings; prior=True adds the map of matches

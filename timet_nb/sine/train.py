@@ -9,7 +9,7 @@ __all__ = ['BUDGETS', 'SHIPPED_MINI', 'truth_of', 'pair_loss', 'Linear', 'fallin
            'make_mini', 'shipped_mini', 'load_mini', 'main', 'Bank', 'Kept', 'Pair', 'Pairs', 'SineTrainConfig',
            'bank_of', 'fill_bank', 'texture_bank']
 
-# %% ../../nbs/5_sine/54_train.ipynb #72250681
+# %% ../../nbs/5_sine/54_train.ipynb #8ab999c3
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +25,7 @@ from ..base.runtime import CheckpointError, ConfigError, explain
 from ..base.train import FitResult, fit
 from ..data.frames import resize_mask
 from ..data.textures import texture_world, write_textures
+from ..evaluate.boundary import mask_iou
 from ..features.bank import Bank, Kept, bank_of
 from ..features.checkpoints import shipped_weights
 from .answers import lay_masks, on_canvas, semantic_map
@@ -148,7 +149,7 @@ def soft_map(
     wanted = torch.isin(ids, torch.tensor(pair.wanted, dtype=torch.long)).long()
     return score.amax(0).cpu(), torch.where(ids == 255, 255, wanted)
 
-# %% ../../nbs/5_sine/54_train.ipynb #48c3e90b
+# %% ../../nbs/5_sine/54_train.ipynb #a659ce04
 def calibrate(
     model: Sine,                  # trained
     bank: Bank,                   # of training classes, pictures that were not trained on
@@ -173,8 +174,7 @@ def calibrate(
 
 def _iou(marked, truth):
     "IoU where the truth is known."
-    a, b = marked[truth != 255], truth[truth != 255] == 1
-    return float((a & b).sum() / (a | b).sum().clamp(min=1))
+    return float(mask_iou(marked & (truth != 255), truth == 1, empty=0., dtype=torch.float32))
 
 # %% ../../nbs/5_sine/54_train.ipynb #cc757a2f
 BUDGETS = {   # (scenes, steps, batch) of the shipped decoder
