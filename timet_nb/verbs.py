@@ -13,13 +13,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from .run import typed
 
-# %% ../nbs/98_verbs.ipynb #090b9489
+# %% ../nbs/98_verbs.ipynb #4a5d6442
 def frames(
     source: str,        # a video file, or a folder of video files; never changed
     out: str,           # a new folder: DAVIS layout is written there
     size: int = 0,      # short side in pixels; 0 keeps the size
 ):
-    "Decode video into a new folder in DAVIS layout (JPEGImages/480p/<clip>/00000.jpg)."
+    "Decode video into a new folder in DAVIS layout (JPEGImages/<resolution>/<clip>/00000.jpg)."
     from timet_nb.data.frames import extract_frames
     print(f"written: {extract_frames(source, out, size=size or None)}")
 

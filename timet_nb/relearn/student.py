@@ -21,7 +21,7 @@ from .fewshot import FewShotNet, Support
 from .losses import ConsistencyConfig
 from .tau import TauBlock
 
-# %% ../../nbs/8_relearn/83_student.ipynb #5a943ebb
+# %% ../../nbs/8_relearn/83_student.ipynb #7a82be89
 @dataclass(frozen=True)
 class RelearnConfig:
     "How to relearn. We found none of these numbers in print; each has our reason."
@@ -34,8 +34,8 @@ class RelearnConfig:
     weight_decay: float = 0.  # the teacher is the anchor, not zero
     clip: float = 1.          # largest norm of the gradient
     tau: bool = True          # False: no TAU block, the losses alone
-    scale: float = 1e-2       # layer scale at the start, as published; 0: the teacher at first
-    mlp_ratio: float = 2.     # of the block; 8, as published, is much for T * width channels
+    scale: float = 1e-2       # layer scale at the start, as in TAU's code; 0: the teacher at first
+    mlp_ratio: float = 2.     # of the block; 8, as in TAU's code, is much for T * width channels
     statistics: str = "kept"  # BatchNorms of the neck: "kept" or "learned"; TAU's always learn
     head: str = "frozen"      # as the paper says; "learned" shows why
     losses: ConsistencyConfig = field(default_factory=ConsistencyConfig)   # weights and readings
