@@ -111,7 +111,7 @@ def tune(
     first, last = result.history[0]["loss"], result.history[-1]["loss"]
     print(f"loss {first:.3f} -> {last:.3f} in {len(result.history)} logged steps; written: {out}")
 
-# %% ../nbs/98_verbs.ipynb #405b78d2
+# %% ../nbs/98_verbs.ipynb #ae92a0a3
 def _one_clip(source):
     "The one clip that is named, or why there is not one."
     from timet_nb.base.errors import DataError
@@ -121,13 +121,7 @@ def _one_clip(source):
         f"{source} holds {len(layout)} clips; give one: a folder of frames or a video file")
     return layout[0]
 
-def _must_be_empty(out, what):
-    "Refuse a folder that holds something."
-    from timet_nb.base.errors import DataError
-    if Path(out).exists() and any(Path(out).iterdir()):
-        raise DataError(f"{out} is not empty; name a new folder for {what}")
-
-# %% ../nbs/98_verbs.ipynb #3245e0ee
+# %% ../nbs/98_verbs.ipynb #f2ff8a91
 def propagate(
     source: str,                              # a clip: folder of frames, or a video file
     mask: str,                                # mask of the first frame: palette, 0/255 or id PNG
@@ -137,15 +131,14 @@ def propagate(
     device: str = "auto",                     # auto, cpu, cuda, cuda:1
 ):
     "Carry a first-frame mask through a clip of any length, in bounded memory."
-    from timet_nb.base.runtime import pick_device
+    from timet_nb.base.runtime import new_folder, pick_device
     from timet_nb.data.frames import read_mask
     from timet_nb.evaluate.track import track, write_tracks
     from timet_nb.features.backbone import create_backbone
-    clip = _one_clip(source)
-    _must_be_empty(out, "the masks")
+    clip, folder = _one_clip(source), new_folder(out, source)
     vit = create_backbone(backbone).to(pick_device(device))
     masks = track(vit, clip, read_mask(mask), size=size)
-    print(f"{write_tracks(masks, out)} masks written: {out}")
+    print(f"{write_tracks(masks, folder)} masks written: {out}")
 
 # %% ../nbs/98_verbs.ipynb #1520272a
 def measure(
