@@ -85,8 +85,8 @@ def truncated(data): return data[: len(data) * 2 // 3]
 
 @pytest.mark.parametrize("make, word", [
     (lambda d: b"", "empty"), (lambda d: b"<!DOCTYPE html><p>Sign in", "web page"), (lambda d: b"  <html>", "web page"),
-    (lambda d: b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "neither"), (lambda d: os.urandom(3) + b"zz" * 99, "neither"),
-    (truncated, ""), (lambda d: d[:9], ""), (lambda d: d[:-1], "")])
+    (lambda d: b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "neither"), (lambda d: b"\x17\xe0\x05" + b"zz" * 99, "neither"),
+    (lambda d: b"\x80\xe0\x05" + b"zz" * 99, ""), (truncated, ""), (lambda d: d[:9], ""), (lambda d: d[:-1], "")])
 @pytest.mark.parametrize("kind", ["safetensors", "pth", "legacy"])
 def test_unreadable_files_have_one_error(tmp_path, kind, make, word):
     good, path = tmp_path / "good", tmp_path / f"weights.{kind}"
@@ -96,6 +96,17 @@ def test_unreadable_files_have_one_error(tmp_path, kind, make, word):
     with pytest.raises(CheckpointError) as e: load_state(path)
     text = str(e.value)
     assert str(path) in text and word in text and "bytes, sha256" in text and f"{path.stat().st_size:,}" in text
+
+
+@pytest.mark.parametrize("tail", [b"zz" * 99, b"\x02" + b"z" * 150, b""])
+def test_noise_is_refused_whatever_its_first_byte(tmp_path, tail):
+    "0x80 looks like a pickle, 0x50 0x4b like a zip, a small number like the length of a header."
+    path = tmp_path / "weights.pth"
+    for first in range(256):
+        for second in (b"\x00\x00", b"\x4b\x03", b"\xe0\x05"):
+            path.write_bytes(bytes([first]) + second + tail)
+            with pytest.raises(CheckpointError) as e: load_state(path)
+            assert str(path) in str(e.value) and "bytes, sha256" in str(e.value)
 
 
 def test_missing_file_and_folder(tmp_path):

@@ -6,8 +6,8 @@ Docs: https://timet-nb.github.io/timet_nb/1_data/casting.html.md"""
 
 # %% auto #0
 __all__ = ['NOVEL', 'COMBO_TEXTURES', 'COMBO_SHAPES', 'PARTS', 'KINDS', 'TWINS', 'LUMA', 'GROUNDS', 'combo_classes',
-           'TextureWorld', 'one_of', 'check_world', 'texture_world', 'reach_of', 'free_spots', 'Ground', 'draw_ground',
-           'Recipe', 'compose']
+           'TextureWorld', 'check_world', 'texture_world', 'reach_of', 'free_spots', 'Ground', 'draw_ground', 'Recipe',
+           'compose']
 
 # %% ../../nbs/1_data/14_casting.ipynb #b7805aa9
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from itertools import product
 from fastcore.basics import patch
 import numpy as np
 
-from ..base.runtime import ConfigError, explain
+from ..base.errors import ConfigError, explain, one_of
 from .patterns import SHAPES, SURFACES, TEXTURES, Thing, shape_outline
 
 # %% ../../nbs/1_data/14_casting.ipynb #c639f7d5
@@ -73,15 +73,6 @@ def only(
 
 # %% ../../nbs/1_data/14_casting.ipynb #5b9ac2f8
 KINDS, TWINS = ("textures", "combos"), ("class", "colour", "all")
-
-def one_of(
-    name: str,     # of the setting
-    got,           # what was given
-    known: tuple,  # what may be given
-) -> None:
-    "Refuse what is not in a list."
-    if got not in known:
-        raise ConfigError(explain(name, repr(got), "one of " + ", ".join(map(repr, known))))
 
 def _parts(name, kind):
     "Texture and shape that a class name stands for; no shape in the texture world."

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..base.runtime import ConfigError, DataError, explain
-from .casting import PARTS, draw_ground, free_spots, one_of
+from ..base.errors import ConfigError, DataError, explain, one_of
+from .casting import PARTS, draw_ground, free_spots
 from .classes import ClassSet, class_set
 from .draws import EpisodeSource, class_pairs
 from .frames import resize, write_image, write_mask

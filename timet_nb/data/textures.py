@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base.runtime import ConfigError, DataError, explain
+from ..base.errors import ConfigError, DataError, explain, one_of
 from .casting import (
     GROUNDS, KINDS, NOVEL, PARTS, TWINS, Ground, Recipe, TextureWorld, compose, draw_ground,
-    one_of, reach_of, texture_world)
+    reach_of, texture_world)
 from .classes import class_set
 from .draws import EpisodeSource, class_pairs
 from .frames import write_image, write_mask
