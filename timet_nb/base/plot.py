@@ -63,7 +63,7 @@ def _curve(ax, i, name, values):
     ax.plot(x, y.mean(0), color=_colour(i), ls=_DASHES[i % LINES], label=name, zorder=3, **style)
     if len(y) > 1: ax.fill_between(x, y.min(0), y.max(0), color=_colour(i), alpha=.16, lw=0)
 
-# %% ../../nbs/0_base/03_plot.ipynb #c28ca24e
+# %% ../../nbs/0_base/03_plot.ipynb #7952627e
 def curves(
     lines: Mapping,         # {name: values} or {name: (x, values)}; values (n,) or (seeds, n)
     xlabel: str = "step",   # name and unit
@@ -81,6 +81,8 @@ def curves(
         if reference is not None: _reference(ax, reference)
         if len(lines) > 1: ax.legend(handlelength=2.4)
         if log: ax.set_yscale("log")
+        whole = all(np.all(np.mod(line.get_xdata(), 1) == 0) for line in ax.lines)
+        ax.xaxis.get_major_locator().set_params(integer=whole)      # no tick at half a step
         ax.margins(x=.02); ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     return fig
 
@@ -120,7 +122,7 @@ def bars(
         _flat(ax, list(runs), isinstance(reference, tuple)); ax.set(xlabel=ylabel, title=title)
     return fig
 
-# %% ../../nbs/0_base/03_plot.ipynb #9dced234
+# %% ../../nbs/0_base/03_plot.ipynb #72f23dfb
 def panels(
     values: Mapping,         # {panel: {name: number, or several numbers}}
     title: str = "",         # what the reader should see
