@@ -443,6 +443,41 @@ def stored_masks():
     yield "16-bit", encoded(Image.fromarray(ids.numpy().astype(np.uint16)), "PNG"), ids
 
 
+def test_14_a_palette_of_black_and_white_stands_for_levels(tmp_path):
+    "Which of two colours comes first in a palette is chance; numbers under a grey palette are its levels."
+    ids = blob(24, 32, 1, 1); white = (ids > 0).byte().numpy() * 255
+    for first in (0, 255):
+        im = Image.fromarray((white != first).astype(np.uint8)); im.putpalette([first] * 3 + [255 - first] * 3)
+        for end in ("png", "gif"):
+            im.save(tmp_path / f"m.{end}"); assert (read_mask(tmp_path / f"m.{end}") == ids).all(), (first, end)
+        im.save(tmp_path / "m.png"); assert (read_mask(tmp_path / "m.png", kind="binary") == ids).all()
+        assert (read_mask(tmp_path / "m.png", kind="ids") == (im.width > 0) * torch.from_numpy(np.array(im)).long()).all()
+    Image.fromarray(white).convert("P").save(tmp_path / "m.png"); assert (read_mask(tmp_path / "m.png") == ids).all()
+    three = torch.where(ids > 0, 2, 0); three[0, 0] = 1
+    im = Image.fromarray(three.byte().numpy()); im.putpalette([0, 0, 0, 80, 80, 80, 160, 160, 160]); im.save(tmp_path / "m.png")
+    assert (read_mask(tmp_path / "m.png") == three).all(), "greys that are no levels of an edge: ids"
+
+
+@pytest.mark.parametrize("top", [255, 240])
+def test_14_soft_edges_in_a_grey_palette_or_below_white_are_no_ids(tmp_path, top):
+    y, x = np.mgrid[:60, :80]; r = np.hypot(y - 30, x - 40)
+    v = (np.clip((22 - r) / 4, 0, 1) * 15).round() * (top / 15); im = Image.fromarray(v.astype(np.uint8))
+    im.save(tmp_path / "L.png"); im.convert("RGB").quantize(32).save(tmp_path / "P.png")
+    for name in ("L.png", "P.png"):
+        with pytest.raises(DataError, match=f"{name}: got .*grey levels"): read_mask(tmp_path / name)
+        got, want = read_mask(tmp_path / name, kind="binary"), torch.from_numpy(v >= 128)
+        assert (got == want).float().mean() > .99, name
+
+
+def test_14_a_lossy_webp_is_no_mask_of_ids(tmp_path):
+    ids = blob(48, 64, 1, 1); im = Image.fromarray((ids > 0).byte().numpy() * 255)
+    im.convert("RGB").save(tmp_path / "m.webp", quality=60); n = len(np.unique(np.array(Image.open(tmp_path / "m.webp").convert("L"))))
+    if n > 16:
+        with pytest.raises(DataError, match="m.webp"): read_mask(tmp_path / "m.webp")
+    Image.fromarray(blob(48, 64, 1, 2).byte().numpy()).convert("RGB").save(tmp_path / "i.webp", lossless=True)
+    assert (read_mask(tmp_path / "i.webp") == blob(48, 64, 1, 2)).all()
+
+
 def encoded_mask(ids):
     import tempfile
     with tempfile.TemporaryDirectory() as d: return write_mask(f"{d}/m.png", ids).read_bytes()

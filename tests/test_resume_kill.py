@@ -66,7 +66,7 @@ SPOTS = [lambda n: half_write(n),                                  # a file of a
          lambda n: die_at(S.shutil, "rmtree", n, True),            # the new one there, the old ones not yet removed
          lambda n: die_at(S, "_write_log", 1, True),               # the log about to be written again
          lambda n: die_at(T._Run, "_one", 3 * n, False),            # between two steps
-         lambda n: die_at(T._Run, "_gradients", 3 * n, False)]      # within one
+         lambda n: die_at(T._Run, "gradients", 3 * n, False)]      # within one
 
 
 @pytest.mark.parametrize("seed", range(4))

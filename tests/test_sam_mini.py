@@ -16,11 +16,13 @@ from timet_nb.features.checkpoints import load_header, load_state
 from timet_nb.sam.clicks import (
     Click, FloodClicker, NearestClicker, SamClicker, depth_map, evaluate_clicks, first_click, next_click, play,
     stack_clicks, tune_clicker)
-from timet_nb.sam.mini import (
-    HELD_OUT, Asks, MiniTrainConfig, SamConfig, click_loss, correct, create_mini, draw_asks, fill_bank, halved, held_out, keep,
-    listening, make_mini, mask_costs, mini_sam, open_turn, save_mini, shipped_sam, surrounded, train_mini, training_pictures)
+from timet_nb.sam.mini import HELD_OUT, held_out, listening, make_mini, surrounded, training_pictures
+from timet_nb.sam.mini_asks import Asks, MiniTrainConfig, Turn, correct, draw_asks, fill_bank, keep, open_turn
+from timet_nb.sam.mini_model import create_mini, mini_sam, save_mini, shipped_sam
+from timet_nb.sam.mini_rounds import answer_costs, click_loss, halved, mask_costs, train_mini
+from timet_nb.sam.prompt_decoder import Decoded
 from timet_nb.sam.scenes import Shown, composed, generated, nested_scene, paired, varied, world_frame
-from timet_nb.sam.segment import Sam
+from timet_nb.sam.segment import Sam, SamConfig
 from timet_nb.data.casting import texture_world
 from timet_nb.data.textures import write_textures
 
@@ -246,6 +248,36 @@ def test_losses_of_a_right_and_a_wrong_mask():
     assert cost[0, 0] < 1e-3 < 10 < cost[0, 1] and iou.tolist() == [[1., 0.]]
     huge, _ = mask_costs(logits * 1e4, y)
     assert torch.isfinite(huge).all()
+
+
+def test_one_of_three_masks_is_taught():
+    masks = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    said = Decoded(masks, torch.full((2, 4), .5), torch.zeros(2, 4, 8), torch.zeros(2, 1))
+    loss, iou = answer_costs(said, torch.ones(2, 8, 8, dtype=torch.bool), torch.tensor([1., 0.]))
+    loss.backward()
+    push = masks.grad.flatten(2).norm(dim=2)
+    cost = mask_costs(masks, torch.ones(2, 8, 8, dtype=torch.bool))[0]
+    assert push[0].gt(0).nonzero().flatten().tolist() == [0, 1 + int(cost[0, 1:].argmin())] and not push[1].any()
+    assert iou.shape == (2, 4)
+
+
+def test_next_words_are_errors_with_the_label_of_the_truth():
+    truth = block(6, 6, (1, 3), (1, 3)); slid = truth.roll(1, 1)
+    turn = Turn(torch.zeros(1, 0, 2), torch.zeros(1, 0).long(), torch.zeros(1, 1, 6, 6), torch.ones(1).bool())
+    said = {}
+    for k in range(100):
+        t = correct(turn, truth[None], torch.where(slid, 1., -1.)[None, None], np.random.default_rng(k))
+        said[tuple(t.coords[0, 0].round().long().tolist())] = int(t.labels[0, 0])
+    assert said == {(x, y): int(truth[y, x]) for y, x in (truth ^ slid).nonzero().tolist()}
+
+
+def test_questions_losses_and_model_can_be_had_from_mini():
+    from timet_nb.sam import mini, mini_asks, mini_model, mini_rounds
+    homes = {mini_asks: "Asks Kept MiniTrainConfig Turn correct draw_asks fill_bank keep open_turn",
+             mini_rounds: "answer_costs click_loss halved mask_costs say train_mini",
+             mini_model: "MiniEyes MiniSam SHIPPED create_mini mini_sam save_mini shipped_sam SamConfig"}
+    for home, names in homes.items():
+        for n in names.split(): assert n in mini.__all__ and getattr(mini, n) is getattr(home, n)
 
 
 def test_absent_things_teach_no_mask(tiny, bank):

@@ -7,7 +7,8 @@ from timet_nb.base.runtime import DataError
 from timet_nb.dcsam.prompts import mask_loss
 from timet_nb.evaluate.boundary import dice, soft_dice
 from timet_nb.sam.discs import track_loss
-from timet_nb.sam.mini import MiniTrainConfig, mask_costs
+from timet_nb.sam.mini_asks import MiniTrainConfig
+from timet_nb.sam.mini_rounds import mask_costs
 from timet_nb.sam.sam2 import Found
 from timet_nb.sam.segment import prompt_loss
 from timet_nb.sine.matching import dice_loss

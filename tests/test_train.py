@@ -20,9 +20,9 @@ from tests.train_toys import Counter, Net, Noisy, ended, forked, loss_fn, plans,
 from timet_nb.base import store as S
 from timet_nb.base import train as T
 from timet_nb.base.runtime import CheckpointError, ConfigError, DataError
-from timet_nb.base.train import (CheckpointStore, ResumableSampler, Schedule, all_gather_rows, all_sum, constant,
-                                 cosine, count_parameters, decay_split, ema_update, feed, fit, folder_lock, item_seed,
-                                 load_history, make_loader, param_groups, stepwise)
+from timet_nb.base.step import NonFiniteLoss, Stepper, _to, all_gather_rows, all_sum
+from timet_nb.base.train import (CheckpointStore, ResumableSampler, Schedule, constant, cosine, count_parameters, decay_split,
+                                 ema_update, feed, fit, folder_lock, item_seed, load_history, make_loader, param_groups, stepwise)
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------
@@ -348,6 +348,36 @@ def test_accumulation_equals_the_big_batch():
     assert (linear_run(2, 1)[0].weight - a.weight).abs().max() > 1e-3      # and is not the small one
 
 
+def test_what_belongs_to_the_loop_is_there():
+    "The names of the pages before can be had from the page of the loop, as objects and not as copies."
+    from timet_nb.base import order, rates, resume, step
+    assert T.all_sum is step.all_sum and T.all_gather_rows is step.all_gather_rows and T.NonFiniteLoss is step.NonFiniteLoss
+    assert {"fit", "FitResult", "NonFiniteLoss", "all_sum", "all_gather_rows"} <= set(T.__all__)
+    for name in ("Item", "ResumableSampler", "Seeded", "feed", "in_group", "item_seed", "loader_settings", "make_loader", "ranks"):
+        assert getattr(T, name) is getattr(order, name)
+    for name in ("Schedule", "constant", "cosine", "count_parameters", "decay_split", "ema_update", "param_groups", "stepwise"):
+        assert getattr(T, name) is getattr(rates, name)
+    for name in ("CheckpointStore", "RunLog", "Saved", "folder_lock", "load_history"): assert getattr(T, name) is getattr(S, name)
+    assert issubclass(T._Run, resume.Resumable) and issubclass(resume.Resumable, Stepper)
+
+
+def test_a_step_alone_equals_the_same_step_in_a_run():
+    "Without log, folder and signals: what the page of one step calls."
+    torch.manual_seed(0); data = [(torch.randn(3, 4), torch.randn(3, 1)) for _ in range(8)]
+    def net():
+        m = nn.Linear(4, 1); nn.init.constant_(m.weight, .1); nn.init.zeros_(m.bias); return m
+    a, b = net(), net()
+    def loss(m, batch): return F.mse_loss(m(batch[0]), batch[1])
+    plan = lambda m: [dict(name="all", params=m, lr=cosine(.1, 0, 4), weight_decay=.01)]
+    r = fit(a, loss, data, plan(a), 4, accumulate=2, clip=.5, device="cpu", after_step=lambda m, i: {"two": 2 * i})
+    s, batches = Stepper(b, loss, plan(b), accumulate=2, clip=.5, device="cpu", after_step=lambda m, i: {"two": 2 * i}).prepare(), iter(data)
+    for i in range(4):
+        row, told = s.step(i, batches)
+        assert {**row, **told, **s.rates()} == r.history[i]
+    assert same(a.state_dict(), b.state_dict())
+    with pytest.raises(ConfigError, match="accumulate"): Stepper(a, loss, plan(a), accumulate=0)
+
+
 def test_equal_to_a_loop_written_by_hand():
     net, r = linear_run(8, 1, clip=.5, optimizer=torch.optim.SGD)
     g = torch.Generator().manual_seed(0); x = torch.randn(32, 4, generator=g); y = x.sum(1, keepdim=True)
@@ -368,23 +398,23 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, value):
         return loss_fn(model, batch)["loss"] * (value if bad.calls == 11 else 1.)
     bad.calls = 0
     net = Net()
-    with pytest.raises(T.NonFiniteLoss, match=r"loss at step 11: got (nan|inf)[\s\S]*checkpoint of step 9 is whole[\s\S]*clip"):
+    with pytest.raises(NonFiniteLoss, match=r"loss at step 11: got (nan|inf)[\s\S]*checkpoint of step 9 is whole[\s\S]*clip"):
         fit(net, bad, make_loader(Noisy(), 4), plans(net), 20, out=tmp_path, save_every=3, device="cpu")
     assert all(p.isfinite().all() for p in net.parameters()) and CheckpointStore(tmp_path / "checkpoints").steps() == [6, 9]
-    assert isinstance(T.NonFiniteLoss("x"), DataError)
+    assert isinstance(NonFiniteLoss("x"), DataError)
 
 
 def test_broken_weights_are_not_saved(tmp_path):
     def spoil(model, i):
         if i == 4: model.head.bias.data.fill_(math.nan)
-    with pytest.raises(T.NonFiniteLoss, match="parameter of group 'head' at step 5"): run(tmp_path, 20, save_every=5, after_step=spoil)
+    with pytest.raises(NonFiniteLoss, match="parameter of group 'head' at step 5"): run(tmp_path, 20, save_every=5, after_step=spoil)
     assert CheckpointStore(tmp_path / "checkpoints").steps() == []
 
 
 def test_broken_gradients_are_noticed_when_clipping():
     net = nn.Linear(2, 1)
     def root(m, b): return (m(b) * 0).abs().sqrt().sum()          # finite loss, gradient 0 / 0
-    with pytest.raises(T.NonFiniteLoss, match="gradient norm at step 1"):
+    with pytest.raises(NonFiniteLoss, match="gradient norm at step 1"):
         fit(net, root, [torch.ones(1, 2)], [dict(params=net, lr=.1)], 3, clip=1., device="cpu")
 
 
@@ -407,7 +437,7 @@ def test_batches_may_be_nested_lists_and_functions():
     from collections import namedtuple
     Pair = namedtuple("Pair", "x y")
     nested = {"a": [torch.ones(2), (torch.zeros(1), "text")], "b": Pair(torch.ones(1), 3)}
-    moved = T._to(nested, torch.device("cpu"))
+    moved = _to(nested, torch.device("cpu"))
     assert same(moved["a"], nested["a"]) and type(moved["b"]) is Pair and moved["b"].y == 3
     net = nn.Linear(2, 1)
     for loader in ([torch.ones(3, 2)], lambda k: torch.full((1, 2), float(k)), DataLoader(torch.ones(6, 2), 2)):

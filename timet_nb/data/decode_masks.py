@@ -37,17 +37,17 @@ def _packed(a):
 @lru_cache(maxsize=1)
 def _voc_ids(): return {int(c): i for i, c in enumerate(_packed(voc_palette()))}
 
-# %% ../../nbs/1_data/11_decode_masks.ipynb #ed4aa4ad
+# %% ../../nbs/1_data/11_decode_masks.ipynb #0ab0ed1b
 def _soft(v, inner):
     "Whether grey levels `inner` between 0 and 255 are the soft edge of one object rather than ids."
     if not len(inner) or inner.max() < 16: return False
-    if len(inner) > 100: return True
+    if len(inner) > 100 and v.max() == 255: return True
     c = v[1:-1, 1:-1]
-    between = (c > 0) & (c < 255)
+    between = (c > 0) & (c < v.max())
     inside = ((c == v[:-2, 1:-1]) & (c == v[2:, 1:-1]) & (c == v[1:-1, :-2]) & (c == v[1:-1, 2:]))
     return bool((inside & between).sum() < .1 * between.sum())
 
-# %% ../../nbs/1_data/11_decode_masks.ipynb #c8556402
+# %% ../../nbs/1_data/11_decode_masks.ipynb #75542b92
 def _between(count, inner, size):
     n = count[inner].sum()
     return f"{n} pixels ({n / size:.2%}) with {len(inner)} grey levels between 0 and 255"
@@ -58,14 +58,15 @@ def _grey_ids(v, kind, path, notes, lossy=False):
     if v.max() == 65535 and np.isin(v, (0, 65535)).all(): v = np.where(v > 0, 255, 0)
     count = np.bincount(v.ravel(), minlength=256)
     inner, deep = np.flatnonzero(count[1:255]) + 1, len(count) > 256
+    white = not deep and (count[255] or v.max() > 200 and len(inner) > 8)
     if kind == "auto":
         if not deep and count[255] and not len(inner): return v == 255
-        if lossy and len(inner) or not deep and count[0] and count[255] and _soft(v, inner):
+        if lossy and len(inner) or count[0] and white and _soft(v, inner):
             raise fault(path, _between(count, inner, v.size),
                         "ids, or only 0 and 255: this mask was resized or saved as JPEG",
                         "kind='binary' cuts it at 128, kind='ids' takes the levels as ids")
         return v
-    if deep or not count[255]: return v > 0
+    if not white or not count[255] and not _soft(v, inner): return v > 0
     if len(inner) and notes is not None:
         notes.append(f"{path}: {_between(count, inner, v.size)}, cut at 128")
     return v >= 128
@@ -114,7 +115,7 @@ def clip_colours(
     times = tuple(os.stat(p).st_mtime_ns if os.path.exists(p) else 0 for p in paths)
     return _colours_of(paths, times) if paths else None
 
-# %% ../../nbs/1_data/11_decode_masks.ipynb #42108d8f
+# %% ../../nbs/1_data/11_decode_masks.ipynb #b0dff3b3
 def _turn_of_frame(frame, shape):
     "The frame's orientation, unless the shape of the mask says that it is upright already."
     data = file_bytes(frame)
@@ -122,20 +123,35 @@ def _turn_of_frame(frame, shape):
     upright = stored[::-1] if turn >= 5 else stored
     return 1 if shape == upright != stored else turn
 
+def _grey_palette(im, a, kind):
+    "Levels of a picture whose palette is nothing but greys, or None where its numbers may be ids."
+    lut = np.asarray(im.getpalette("RGB"), np.int64).reshape(-1, 3)
+    if (lut != lut[:, :1]).any() or a.max() >= len(lut): return None
+    used = np.unique(a)
+    levels, v = lut[used, 0], lut[a, 0]
+    as_it_is, two = (levels == used).all(), len(used) == 2 and set(levels) == {0, 255}
+    edge = len(used) > 2 and min(levels) == 0 and max(levels) > 200
+    soft = edge and _soft(v, np.setdiff1d(levels, (0, 255)))
+    return v if as_it_is or soft or two and kind != "ids" else None
+
 def _mask_array(im, kind, path, colours, notes):
     "(H, W) ids of a decoded Pillow image."
     if im.mode in ("CMYK", "YCbCr", "LAB", "HSV", "F"):
         raise fault(path, f"a picture of mode {im.mode}", "a mask: palette, grey or colours")
+    stored = im.format                             # a converted picture has forgotten it
     if im.mode in ("LA", "La", "PA"): im = im.getchannel(0)
     elif im.mode in ("RGBA", "RGBX", "RGBa"): im = im.convert("RGB")
     a = np.asarray(im)
-    if a.ndim == 3 and kind != "rgb" and (a == a[..., :1]).all(): a = a[..., 0]   # grey, thrice
+    levels = _grey_palette(im, a, kind) if im.mode == "P" and kind != "rgb" else None
+    if levels is not None: a = levels
+    elif a.ndim == 3 and kind != "rgb" and (a == a[..., :1]).all(): a = a[..., 0]   # grey, thrice
     elif a.ndim == 3 or im.mode == "P":
         y = a.astype(np.int64) if im.mode == "P" else _colour_ids(a, path, colours, notes)
         return np.where(y == 255, 255, y > 0) if kind == "binary" else y
     if a.min() < 0 or a.max() > 65535:
         raise fault(path, f"ids {a.min()} to {a.max()}", "0 to 65535")
-    return _grey_ids(a.astype(np.int64), kind, path, notes, im.format in ("JPEG", "MPO"))
+    lossy = stored in ("JPEG", "MPO") or stored == "WEBP" and len(np.unique(a)) > 16
+    return _grey_ids(a.astype(np.int64), kind, path, notes, lossy)
 
 # %% ../../nbs/1_data/11_decode_masks.ipynb #542d740c
 def read_mask(

@@ -73,7 +73,7 @@ def mask_levels(
     elif 0 < a.max() <= 1: a = a * 255                           # 0 and 1
     return torch.from_numpy(np.ascontiguousarray(a)), lossy
 
-# %% ../../nbs/1_data/13_medical_read.ipynb #5c021e18
+# %% ../../nbs/1_data/13_medical_read.ipynb #6504f7c2
 HALF = 127.5   # what a level must exceed, unless told otherwise
 BUSI = 10.     # the rule of STCR's published script for BUSI
 
@@ -94,6 +94,9 @@ def cut_levels(
     if float(values.max()) > HALF or not len(low): return (levels > HALF).long()
     if len(low) == 1:                                       # one level, and it is dark
         _say(notes, f"{path}: its only level {low[0]:g} is the object")
+        return (levels > 0).long()
+    if len(low) <= 8 and float(low.max()) < 32 and bool((low == low.round()).all()):    # ids
+        _say(notes, f"{path}: its {len(low)} levels up to {low.max():g} are numbered objects")
         return (levels > 0).long()
     _say(notes, f"{path}: {len(low)} levels up to {low.max():g}, none reaches half: empty; "
                 "threshold= decides otherwise")
