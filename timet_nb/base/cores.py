@@ -7,8 +7,9 @@ Docs: https://timet-nb.github.io/timet_nb/0_base/cores.html.md"""
 # %% auto #0
 __all__ = ['every_core']
 
-# %% ../../nbs/0_base/05_cores.ipynb #db592545
-import contextlib, multiprocessing, os, pickle, signal, sys, threading, traceback, warnings
+# %% ../../nbs/0_base/05_cores.ipynb #a1236569
+import contextlib, importlib, multiprocessing, os, pickle, signal, sys, threading
+import traceback, warnings
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import wait
 
@@ -27,16 +28,17 @@ def _packed(done, value):
         said = f"{type(value).__name__} {value!r:.200} cannot be sent between processes: {error}"
         return pickle.dumps((False, TypeError(said)))
 
-# %% ../../nbs/0_base/05_cores.ipynb #e13ea312
+# %% ../../nbs/0_base/05_cores.ipynb #9290d797
 def _child(run, job, theirs, ours):
     "In the new process: do one job, and send its result or its error."
-    theirs.close()
+    theirs.close(); known = set(sys.modules)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try: said = True, run(*job)
     except BaseException as error:
         error.add_note(f"in the process of the job:\n{traceback.format_exc()}")
         said = False, error
     ours.send_bytes(_packed(*said))
+    ours.send([name for name in sys.modules if name not in known])
 
 # %% ../../nbs/0_base/05_cores.ipynb #4cdf0a86
 def _failed(run, job, error):
@@ -51,16 +53,21 @@ def _here(run, job):
     try: return run(*job)
     except Exception as error: raise _failed(run, job, error) from error
 
-# %% ../../nbs/0_base/05_cores.ipynb #0ab8d2b1
+# %% ../../nbs/0_base/05_cores.ipynb #b7e428ea
+def _load(names):
+    "Import what a job has imported, so that the next children begin with it."
+    for name in names:
+        with contextlib.suppress(Exception): importlib.import_module(name)
+
 def _received(run, job, child, pipe):
     "The result that came through a pipe; raises when the job failed or its process died."
-    try: done, value = pickle.loads(pipe.recv_bytes())
+    try: (done, value), loaded = pickle.loads(pipe.recv_bytes()), pipe.recv()
     except EOFError:
         child.join()
         why = f"its process ended with code {child.exitcode} (-9 is often a lack of memory)"
         done, value = False, ChildProcessError(why)
     if not done: raise _failed(run, job, value) from value
-    child.join(); pipe.close()
+    _load(loaded); child.join(); pipe.close()
     return value
 
 # %% ../../nbs/0_base/05_cores.ipynb #2b264922
