@@ -59,6 +59,10 @@ bench: $(VENV)/.ok
 	@$(BIN)/timet run bench/speed_sine --budget cpu --threads 1
 	@$(BIN)/timet run bench/claims_dcsam --budget cpu --threads 1
 	@$(BIN)/timet run bench/speed_sam --budget cpu --threads 1
+	@$(BIN)/timet run bench/claims_tau --budget cpu --threads 1
+	@$(BIN)/timet run bench/claims_stcr --budget cpu --threads 1
+	@$(BIN)/timet run bench/readings_stcr --budget cpu --threads 1
+	@$(BIN)/timet run bench/speed_tau --budget cpu --threads 1
 
 parity: $(VENV)/.ok
 	@$(BIN)/python -m tests.parity $(DIR)

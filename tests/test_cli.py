@@ -206,7 +206,12 @@ def test_run_refuses_what_it_does_not_know(toy):
     done = timet("run", path, "--m", "1")
     assert done.returncode == 1 and "no parameter 'm'" in done.stderr
     assert "takes int" in timet("run", path, "--n", "many").stderr
-    assert "n            2" in timet("run", path, "--help").stderr
+    for words in (["run", path, "--help"], ["run", "--help"]):
+        done = timet(*words)                                        # help is no mistake
+        assert done.returncode == 0 and done.stdout.startswith("usage: ") and not done.stderr
+    assert "n            2" in timet("run", path, "--help").stdout
+    choosy = toy('budget = "smoke"   # smoke | cpu: minutes | gpu')
+    assert "budget is smoke, cpu, gpu, got 'huge'" in timet("run", choosy, "--budget", "huge").stderr
 
 
 def test_failed_run_keeps_the_executed_notebook(toy, tmp_path):

@@ -160,13 +160,13 @@ def test_training_through_the_roll_out_and_to_shorter_outputs():
 
 
 def test_unknown_schedule():
-    with pytest.raises(ConfigError, match="one-cycle or cosine"): train_predictor(create_simvp(TINY), MovingDigits(WORLD, 8), PredictTrainConfig(schedule="linear"))
+    with pytest.raises(ConfigError, match="one-cycle, cosine"): PredictTrainConfig(schedule="linear")
 
 
 def test_predict_shapes_and_faults():
     model, x = create_simvp(TINY), torch.rand(3, 9, 1, 16, 16)
     assert predict(model, x).shape == (3, 4, 1, 16, 16) and predict(model, x[0], 7).shape == (7, 1, 16, 16)
-    assert predict(model, 9 * x).max() <= 1 and not model.training
+    assert predict(model, 9 * x, clip=False).min() < 0 <= predict(model, x).min()
     assert torch.equal(copy_last(x, 2)[:, 1], x[:, -1])
     with pytest.raises(DataError, match="4 or more"): predict(model, x[:, :3])
     with pytest.raises(DataError, match="T, C, H, W"): predict(model, x[0, 0])
@@ -364,3 +364,281 @@ def test_nan_in_a_divergence_is_refused_and_left_to_the_loop_in_training():
     with pytest.raises(DataError, match="true: got nan"): diff_divergence(x, y)
     with pytest.raises(DataError, match="pred: got nan"): diff_divergence(y, x)
     assert prediction_loss(y, x)["loss"].isnan()                     # `fit` says at which step
+
+
+# what a second reader found
+def test_a_prediction_leaves_every_part_in_its_mode():
+    model, x = create_simvp(TINY), torch.rand(4, 1, 16, 16)
+    assert model.training
+    model.hid.enc[0].block.norm1.eval()                              # a frozen norm stays frozen
+    modes = [m.training for m in model.modules()]
+    predict(model, x); evaluate_predictor(model, [torch.rand(6, 1, 16, 16)])
+    assert [m.training for m in model.modules()] == modes
+    with pytest.raises(DataError): predict(model, torch.rand(4, 3, 16, 16))
+    assert [m.training for m in model.modules()] == modes            # after an error, too
+
+
+def test_looking_at_a_prediction_does_not_change_the_training():
+    ends = []
+    for look in (False, True):
+        model, clips = create_simvp(TINY, 1), MovingDigits(WORLD, 20)
+        train_predictor(model, clips, PredictTrainConfig(4, 4, 1e-2), after_step=lambda m, i: evaluate_predictor(m, [clips[0]]) and None if look else None)
+        assert int(model.state_dict()["hid.enc.0.block.norm1.num_batches_tracked"]) == 4
+        ends.append(model.state_dict())
+    assert all(torch.equal(p, q) for p, q in zip(*(e.values() for e in ends)))
+
+
+def test_what_a_prediction_is_given_is_looked_at():
+    model, x = create_simvp(TINY), torch.rand(4, 1, 16, 16)
+    y = predict(model, x)
+    assert torch.equal(predict(model, x.numpy()), y) and torch.equal(predict(model, x.double()), y)
+    bytes_ = (255 * x).round().byte()
+    assert torch.equal(predict(model, bytes_), predict(model, bytes_.float() / 255))
+    assert torch.allclose(predict(model, x.clamp(.1, .9) * 0 - 1e-6), predict(model, x * 0))       # rounding
+    for wrong, words in ((255 * x, "divide by 255"), (x * np.nan, "finite"), (x - 2, r"\[0, 1\]"), ([1, 2], "dtype"), ("x", "tensor"), (x.long(), "dtype")):
+        with pytest.raises(DataError, match=words): predict(model, wrong)
+    with pytest.raises(DataError, match="finite"): predict(model, x * np.nan, clip=False)
+    for n in (0, -1, 2.5, True):
+        with pytest.raises(ConfigError, match="1 or more"): predict(model, x, n)
+
+
+@pytest.mark.parametrize("wrong", [dict(lr=-1.), dict(lr=0), dict(lr=float("nan")), dict(lr=float("inf")), dict(lr="a"), dict(alpha=-5), dict(alpha=float("nan")), dict(tau=0), dict(tau=float("nan")),
+                                   dict(steps=0), dict(steps=2.5), dict(steps=True), dict(batch=-1), dict(schedule="step"), dict(reduction="none"), dict(form="x"), dict(squared="none"),
+                                   dict(warmup=.1), dict(schedule="cosine", warmup=1.), dict(schedule="cosine", warmup=float("nan"))])
+def test_trainings_that_cannot_be(wrong):
+    with pytest.raises(ConfigError, match=list(wrong)[-1]): PredictTrainConfig(**wrong)
+
+
+def windows_of(given, frames, n=3, **told):
+    read = lambda k, first, m: torch.rand(frames, 1, 16, 16, generator=torch.Generator().manual_seed(k))[:m]
+    return layouts.Windows("mine", tuple((k, 0) for k in range(n)), read, frames, given, **told)
+
+
+def test_what_a_data_set_gives_is_what_is_looked_at():
+    model, clips = create_simvp(TINY), windows_of(10, 15)
+    got = evaluate_predictor(model, clips)
+    want = evaluate_predictor(model, [c[6:] for c in (clips[0], clips[1], clips[2])])
+    assert got == want and len(got["steps"]["model"]) == 5
+    own = create_simvp(TINY, 1); train_predictor(own, clips, PredictTrainConfig(2, 2))
+    twin = create_simvp(TINY, 1); train_predictor(twin, [clips[k][6:] for k in range(3)], PredictTrainConfig(2, 2))
+    assert all(torch.equal(p, q) for p, q in zip(own.parameters(), twin.parameters()))
+    for call in (evaluate_predictor, lambda m, c: train_predictor(m, c, PredictTrainConfig(2, 2))):
+        with pytest.raises(DataError, match="mine: given"): call(model, windows_of(3, 15))
+
+
+def test_standardised_clips_are_not_cut():
+    model, clips = create_simvp(TINY), windows_of(4, 8, mean=280., std=10.)
+    wide = replace(clips, read=lambda *a: 6 * clips.read(*a) - 3)
+    got, x = evaluate_predictor(model, wide), torch.stack([wide[k] for k in range(3)])
+    assert got["model"]["mse"] == pytest.approx(float((predict(model, x[:, :4], clip=False) - x[:, 4:]).square().mean()))
+    with pytest.raises(DataError, match="clip=False"): evaluate_predictor(model, list(x))
+    assert evaluate_predictor(model, list(x), clip=False)["model"] == got["model"]
+
+
+def test_evaluation_is_that_of_all_clips_at_once():
+    from timet_nb.relearn.metrics import frame_metrics
+    model, x = create_simvp(TINY), torch.rand(7, 10, 1, 16, 16)
+    at_once = frame_metrics(predict(model, x[:, :4], 6), x[:, 4:])
+    for batch in (1, 3, 16):
+        got = evaluate_predictor(model, list(x), batch)
+        for k in at_once: assert got["model"][k] == pytest.approx(at_once[k], abs=1e-6)
+        assert np.mean(got["steps"]["model"]) == pytest.approx(at_once["mse"], abs=1e-6)
+
+
+def test_evaluation_keeps_one_batch_in_memory(monkeypatch):
+    from timet_nb.relearn import forecast
+    most, real = [0], forecast.frame_metrics
+    monkeypatch.setattr(forecast, "frame_metrics", lambda a, b, net=None: most.append(len(a)) or real(a, b, net))
+    evaluate_predictor(create_simvp(TINY), windows_of(4, 6, 21), batch=4)
+    assert max(most) == 4
+
+
+def test_clips_that_cannot_be_learned_or_judged():
+    model, how, ok = create_simvp(TINY), PredictTrainConfig(2, 2), torch.rand(4, 8, 1, 16, 16)
+    for clips in (ok.double(), (255 * ok).byte(), ok, list(ok.numpy())): train_predictor(create_simvp(TINY), clips, how)
+    a, b = create_simvp(TINY, 1), create_simvp(TINY, 1)
+    train_predictor(a, (255 * ok).byte(), how); train_predictor(b, (255 * ok).byte().float() / 255, how)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    mixed = [torch.rand(8 + k % 2, 1, 16, 16) for k in range(4)]
+    for call in (lambda c: train_predictor(model, c, how), lambda c: evaluate_predictor(model, c), lambda c: evaluate_predictor(model, c, 1)):
+        with pytest.raises(DataError, match="one shape"): call(mixed)
+        with pytest.raises(DataError, match="torch tensor"): call([(ok[0], ok[1])] * 4)
+    with pytest.raises(DataError, match="no clip"): evaluate_predictor(model, [])
+
+
+def test_cosine_with_a_rise_is_timms():
+    from timet_nb.base.runtime import import_timm
+    from timet_nb.relearn.forecast import _rate
+    import_timm()
+    from timm.scheduler import CosineLRScheduler
+    adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], 5e-4)
+    theirs = CosineLRScheduler(adam, t_initial=50, lr_min=1e-6, warmup_lr_init=1e-5, warmup_t=5)
+    rate = _rate(PredictTrainConfig(50, lr=5e-4, schedule="cosine", warmup=PRESETS["taxibj"].warmup / PRESETS["taxibj"].epochs))
+    for k in range(50):
+        theirs.step(k)
+        assert rate(k) == pytest.approx(adam.param_groups[0]["lr"], rel=1e-9)
+
+
+def test_the_loss_as_printed():
+    x, y = torch.rand(2, 3, 5, 1, 6, 6)
+    got = prediction_loss(x, y, .3, reduction="sum", squared="sum")
+    assert torch.allclose(got["loss"], (x - y).square().flatten(1).sum(1).mean() + .3 * diff_divergence(x, y))
+    assert got["mse"] == prediction_loss(x, y)["mse"] and prediction_loss(x, y, 0, squared="sum")["loss"] == (x - y).square().sum() / 3
+    with pytest.raises(ConfigError, match="squared"): prediction_loss(x, y, squared="none")
+    assert torch.equal(prediction_loss(x, y)["loss"], torch.nn.functional.mse_loss(x, y) + .1 * diff_divergence(x, y, reduction="mean"))
+
+
+@pytest.mark.parametrize("wrong", [dict(channels=0), dict(channels=1.5), dict(hid_t=0), dict(mlp_ratio=float("nan")), dict(mlp_ratio="x"), dict(size=(16,)), dict(size="16"), dict(size=(0, 16)), dict(frames=2.5), dict(drop_path=1.), dict(drop=-.1), dict(scale=float("nan")), dict(kernel=0)])
+def test_more_sizes_that_cannot_be(wrong):
+    with pytest.raises(ConfigError, match=list(wrong)[0]): create_simvp(replace(TINY, **wrong))
+
+
+def test_a_side_is_a_square(): assert replace(TINY, size=16).size == (16, 16) == replace(TINY, size=[16, 16]).size
+
+
+# predictors' files, again
+def test_the_size_of_frames_is_that_of_the_preset():
+    from timet_nb.relearn.release import tell_config
+    from timet_nb.relearn.simvp import Simvp
+    for p in PRESETS.values():
+        with torch.device("meta"): state = Simvp(p.config).state_dict()
+        assert tell_config(state).size == p.config.size
+    other = load_simvp(create_simvp(TINY).state_dict())
+    assert other.config.size == (64, 64) and "64x64 assumed, give --size" in other.notes[0]
+    bj = load_simvp(create_simvp("taxibj").state_dict())
+    assert bj.config.size == (32, 32) and bj.notes == ()
+
+
+def test_tensors_beside_the_predictor_are_left_out_by_name():
+    state = create_simvp(TINY).state_dict()
+    for wrap in ("model.", "_forward_module.model.", "module.", ""):
+        held = {f"{wrap}{k}": v for k, v in state.items()} | ({"criterion.w": torch.ones(3)} if wrap else {})
+        model = load_simvp({"state_dict": held})
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
+        assert ("criterion.w" in str(model.notes)) == bool(wrap)
+    with pytest.raises(CheckpointError, match="2 predictors"): load_simvp({f"{w}.{k}": v for k, v in state.items() for w in ("model", "ema")})
+
+
+def test_counters_may_be_absent_and_other_holes_are_told_once(capsys):
+    state = create_simvp(TINY).state_dict()
+    less = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    assert set(load_simvp(less).report.missing) == set() and len(less) < len(state)
+    with pytest.raises(CheckpointError, match="readout.bias") as e: load_simvp({k: v for k, v in state.items() if k != "dec.readout.bias"})
+    assert str(e.value).count("missing: ") == 1 and capsys.readouterr().out == ""
+
+
+# run, again
+def saved(tmp_path, **changes): return str(save_simvp(create_simvp(replace(TINY, **changes)), tmp_path / "m.safetensors"))
+
+
+def test_two_channels(tmp_path):
+    m = saved(tmp_path, channels=2)
+    np.save(tmp_path / "flow.npy", np.random.default_rng(0).random((8, 2, 16, 16)))
+    rows = run(str(tmp_path / "flow.npy"), m, str(tmp_path / "o"), device="cpu")
+    assert set(rows) == {"flow"} and len(list((tmp_path / "o" / "flow").glob("*.png"))) == 4
+    clip_folder(tmp_path / "in")
+    with pytest.raises(DataError, match="sees 2 channels"): run(str(tmp_path / "in"), m, str(tmp_path / "p"), device="cpu")
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_gif_that_cannot_be_written_is_told_in_words(tmp_path):
+    from timet_nb.relearn.predict import _write
+    (tmp_path / "clip.gif").mkdir()
+    with pytest.raises(DataError, match="cannot write"): _write(tmp_path, torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16), None)
+
+
+def test_one_run_a_folder(tmp_path):
+    from timet_nb.base.store import folder_lock
+    (tmp_path / "o").mkdir()
+
+    def late(text):                                        # a second call that began while the folder was empty
+        if not text.startswith("trained"): return
+        late.done = True
+        with pytest.raises(ConfigError, match="in use"):
+            with folder_lock(tmp_path / "o"): pass
+        for resume, words in ((False, "not empty"), (True, "in use")):
+            with pytest.raises((DataError, ConfigError), match=words): run("digits", out=str(tmp_path / "o"), steps=1, device="cpu", resume=resume)
+    run("digits", out=str(tmp_path / "o"), steps=1, device="cpu", say=late)
+    assert late.done
+
+
+@pytest.mark.parametrize("where", ["step 3", "trained"])
+def test_a_stopped_run_goes_on(tmp_path, capsys, where):
+    call = lambda o, **k: run("digits", out=str(tmp_path / o), device="cpu", **{"steps": 5, **k})
+
+    def stop(text):
+        if text.startswith(where): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt, match="--resume goes on"): call("a", say=stop)
+    assert capsys.readouterr().err == "stopped: the same call with --resume goes on\n"
+    with pytest.raises(DataError, match="--resume goes on there"): call("a")
+    with pytest.raises(ConfigError, match="steps: 5 then, 6 now"): call("a", resume=True, steps=6)
+    said = []
+    whole, rest = call("b"), call("a", resume=True, say=said.append)
+    assert whole == rest and len(said) == (3 if where == "step 3" else 1) and "trained for 5 steps" in said[-1]
+    a, b = (load_simvp(tmp_path / o / "model.safetensors").state_dict() for o in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(ConfigError, match="no run was stopped"): call("none", resume=True)
+
+
+def test_a_run_is_not_resumed_with_other_clips_or_another_model(tmp_path):
+    m, clip = saved(tmp_path), tmp_path / "c.npy"
+    call = lambda **k: run(str(clip), m, str(tmp_path / "o"), device="cpu", **k)
+    np.save(clip, np.zeros((9, 16, 16))); call()
+    call(resume=True)
+    np.save(clip, np.ones((9, 16, 16)))
+    with pytest.raises(ConfigError, match="first_clip"): call(resume=True)
+    np.save(clip, np.zeros((9, 3, 16, 16))); call(resume=True)               # grey: the same clip
+    np.save(clip, np.zeros((8, 16, 16)))
+    with pytest.raises(ConfigError, match="clips: "): call(resume=True)
+    save_simvp(create_simvp(TINY, 5), m)
+    with pytest.raises(ConfigError, match="model: "): call(resume=True)
+
+
+def test_many_clips_share_the_memory(tmp_path):
+    for k in range(3): clip_folder(tmp_path / "in", f"c{k}", 9)
+    grey_frame = 4 * 16 * 16
+    got, notes = read_frames(tmp_path / "in", TINY, (16, 16), room=3 * 5 * grey_frame)
+    assert {len(v) for v in got.values()} == {5} and len(notes) == 3
+    assert {len(v) for v in read_frames(tmp_path / "in", TINY, (16, 16), room=0, least=7)[0].values()} == {7}
+
+
+def test_notes_are_told(tmp_path, capsys):
+    from timet_nb.systems import predict as verb
+    torch.save(create_simvp(TINY).state_dict(), tmp_path / "m.pth")
+    clip_folder(tmp_path / "in", "a", 9); clip_folder(tmp_path / "in", "b", 3)
+    verb(str(tmp_path / "in"), str(tmp_path / "m.pth"), str(tmp_path / "o"), device="cpu")
+    err = capsys.readouterr().err
+    assert "note: b: left out, 3 frames of 8" in err and "64x64 assumed, give --size" in err
+    kept = json.loads((tmp_path / "o" / "answers.json").read_text())["notes"]
+    assert all(f"note: {x}" in err for x in kept) and len(kept) == len(err.splitlines())
+    verb(str(tmp_path / "in"), str(tmp_path / "m.pth"), str(tmp_path / "p"), size="16", device="cpu")
+    assert "assumed" not in capsys.readouterr().err
+    verb("digits", out=str(tmp_path / "q"), steps=20, device="cpu")
+    assert sum(line.startswith("step ") and "loss" in line for line in capsys.readouterr().err.splitlines()) == 9
+
+
+def test_the_gif_of_an_answer_and_capitals_are_read(tmp_path):
+    m = saved(tmp_path)
+    np.save(tmp_path / "c.npy", np.random.default_rng(0).random((8, 16, 16)))
+    (tmp_path / "c.npy").rename(tmp_path / "C.NPY")
+    run(str(tmp_path / "C.NPY"), m, str(tmp_path / "o"), device="cpu")
+    film = read_frames(tmp_path / "o" / "C" / "clip.gif", TINY, (16, 32))[0]["clip"]
+    assert film.shape == (8, 1, 16, 32)
+    (tmp_path / "x.gif").write_bytes(b"GIF89a nothing")
+    with pytest.raises(DataError, match="x.gif"): read_frames(tmp_path / "x.gif", TINY, (16, 16))
+
+
+def test_messages_fit(tmp_path):
+    m = saved(tmp_path)
+    np.save(tmp_path / "c.npy", np.zeros((3, 16, 16)))
+    with pytest.raises(DataError) as e: run(str(tmp_path / "c.npy"), m, str(tmp_path / "o"), ahead=True, device="cpu")
+    assert "4 or more: the model looks at 4" in str(e.value) and "held back" not in str(e.value) and "[" not in str(e.value)
+    np.save(tmp_path / "last.npy", np.zeros((9, 16, 16, 3)))
+    with pytest.raises(DataError, match="moveaxis"): read_frames(tmp_path / "last.npy", TINY, (16, 16))
+    red = np.zeros((9, 3, 16, 16)); red[:, 0] = 1
+    np.save(tmp_path / "red.npy", red)
+    assert torch.allclose(read_frames(tmp_path / "red.npy", TINY, (16, 16))[0]["red"], torch.tensor(.299))
+    with pytest.raises(ConfigError, match="square"): run("digits", out=str(tmp_path / "o"), size="32x64", device="cpu")
+    for seed in (-1, 2 ** 40):
+        with pytest.raises(ConfigError, match="--seed"): run("digits", out=str(tmp_path / "o"), seed=seed, device="cpu")
+    assert not (tmp_path / "o").exists()

@@ -21,7 +21,7 @@ from timet_nb.data.ultrasound import UltrasoundWorld, render_ultrasound, write_u
 from timet_nb.features.weights import load_state, save_state
 from timet_nb.relearn.apply import BUDGETS, GENERATED, Row, image_sets, open_images, run, steadiness, write_masks
 from timet_nb.relearn.fewshot import FewShotConfig, create_fewshot
-from timet_nb.relearn.films import Target, check_films, first_shown, open_videos, with_support
+from timet_nb.relearn.films import Target, check_films, first_shown, open_videos, with_masks, with_support
 from timet_nb.relearn.frames import Clips, FrameStore, as_video, bounce, draw_clip, windows
 from timet_nb.relearn.losses import ConsistencyConfig, consistency
 from timet_nb.relearn.relearn import _relearn_loss, load_images, load_relearned, relearn, segment_images
@@ -909,7 +909,7 @@ def test_a_film_of_12_bits_in_16_is_told(world, tmp_path, capsys):
 
 def test_settings_and_names_that_mean_nothing(tmp_path, world):
     for bad in (dict(mlp_ratio=0.), dict(mlp_ratio=-1.), dict(scale=-1.)):
-        with pytest.raises(ConfigError, match="scale, mlp_ratio"): RelearnConfig(**bad)
+        with pytest.raises(ConfigError, match="scale|mlp_ratio"): RelearnConfig(**bad)
     RelearnConfig(scale=0.)
     for blank in ("", "  "):
         with pytest.raises(DataError, match="a video: got an empty name"): open_videos(blank)
@@ -925,6 +925,172 @@ def test_settings_and_names_that_mean_nothing(tmp_path, world):
     still = Student(create_fewshot(FewShotConfig.test(size=S, width=4, layers=2)), RelearnConfig(T=3))
     with pytest.raises(DataError, match="got 1 frame\n"): still.mix(torch.rand(1, 4, 8, 8))
     with pytest.raises(ConfigError, match="1 frame, T=0"): windows(1, 0)
+
+
+@pytest.mark.parametrize("bad", [dict(T=2.5), dict(T=1), dict(steps=1.5), dict(steps=True), dict(gap=0), dict(clips=1.5), dict(lr=-1e-3),
+    dict(lr=float("nan")), dict(lr=float("inf")), dict(tau_lr=float("nan")), dict(weight_decay=-1), dict(clip=float("nan")), dict(clip=-1),
+    dict(clip=0), dict(scale=float("nan")), dict(mlp_ratio=float("nan"))])
+def test_relearn_settings_without_a_meaning_are_refused_by_name(bad):
+    with pytest.raises(ConfigError, match=[*bad][0]): RelearnConfig(**bad)
+
+
+@pytest.mark.parametrize("bad", [dict(threshold=float("nan")), dict(threshold=2), dict(threshold=-.1), dict(batch=0), dict(batch=-1), dict(batch=1.5)])
+def test_thresholds_and_batches_without_a_meaning_are_refused(net, video, bad):
+    with pytest.raises(ConfigError, match=[*bad][0]): list(segment_images(net, video, **bad))
+    if "threshold" in bad:
+        r = relearn(net, video, RelearnConfig(**dict(SMALL, steps=1)))
+        with pytest.raises(ConfigError, match="threshold"): list(r.segment(video, **bad))
+
+
+# --- masks that are not what they seem
+
+def grey_file(path, levels): return write_image(path, (levels / 255.).expand(3, -1, -1))
+
+
+def test_white_beside_grey_is_the_object_and_255_beside_numbers_is_unknown(tmp_path):
+    v = torch.zeros(64, 64); v[10:50, 10:50] = 128; v[16:44, 16:44] = 255     # white: 784 pixels, grey: 816 - some
+    v[10:50, 10:13] = v[10:50, 47:50] = 0
+    notes = []
+    m = read_annotation(grey_file(tmp_path / "band.png", v), notes=notes)
+    assert set(m.unique().tolist()) == {0, 1} and (m[v == 255] == 1).all() and (m[v == 0] == 0).all()
+    assert len(notes) == 1 and "cut at half" in notes[0]
+    ids, notes = torch.zeros(64, 64).long(), []
+    ids[20:30, 20:30] = 7; ids[:10] = 255
+    for path in (grey_file(tmp_path / "grey.png", ids), write_mask(tmp_path / "ids.png", ids)):
+        m, notes = read_annotation(path, notes=(notes := [])), notes
+        assert (m[ids == 7] == 1).all() and (m[ids == 255] == 255).all() and "255 = unknown, in 640 pixels" in notes[0]
+    few = ids.clone(); few[few == 7] = 128; few[:10] = 0; few[0, :9] = 255      # little white beside much grey: an id
+    m = read_annotation(grey_file(tmp_path / "few.png", few), notes=(notes := []))
+    assert int((m == 255).sum()) == 9 and "255 = unknown, in 9 pixels" in notes[0]
+
+
+def test_a_support_needs_a_background(tmp_path):
+    x, m = film(1)
+    picture = write_image(tmp_path / "x.png", x[0])
+    for k, ids in enumerate((0 * m[0] + 1, torch.where(m[0] == 1, 1, 255))):
+        with pytest.raises(DataError, match=f"(?s)m{k}.png.*no pixel is background"): read_support([(picture, write_mask(tmp_path / f"m{k}.png", ids))])
+
+
+def image_set(root, masks, frames=None):
+    for k, m in enumerate(masks):
+        write_image(root / "images" / f"p{k}x.png", torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(k)))
+        write_image(root / "masks" / f"p{k}x.png", m.float().expand(3, -1, -1))
+    return root
+
+
+def test_sets_of_empty_full_and_photographed_masks_are_told_or_refused(tmp_path):
+    _, m = film(3)
+    photo = [torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(9 + k)) for k in range(3)]
+    mixed = image_sets(image_set(tmp_path / "mixed", [*m, 0 * m[0], 0 * m[0] + 1, photo[0][:1]]), S, notes=(notes := []))
+    assert len(mixed[0]) == 6
+    for words in ("1 of 6 masks show no object", "1 of 6 masks mark every pixel", "1 of 6 masks look like photographs"):
+        assert any(words in n for n in notes), words
+    fine = image_sets(image_set(tmp_path / "fine", m), S, notes=(notes := []))
+    assert len(fine[0]) == 3 and not any("masks show" in n or "mark every" in n or "photographs" in n for n in notes)
+    for name, masks, words in (("none", 0 * m, "show no object"), ("all", 0 * m + 1, "every pixel"), ("grey", [p[:1] for p in photo], "photographs"),
+                               ("colour", photo, "photographs")):
+        with pytest.raises(DataError, match=f"(?s){name}.*{words}"): image_sets(image_set(tmp_path / name, masks), S)
+
+
+def test_a_file_for_a_folder_of_images_is_told(tmp_path):
+    x = write_image(tmp_path / "sup.png", torch.rand(3, 8, 8))
+    with pytest.raises(DataError, match="(?s)sup.png: got a file.*--support"): image_sets(x, S)
+    assert [len(s) for s in image_sets(__import__("pathlib").Path("ultrasound"), S, 4)] == [4, 4, 4]
+
+
+# --- films and folders
+
+def test_films_without_a_mask_are_left_out_and_named(tmp_path, world, capsys):
+    frames, masks = film(4, size=64)
+    for name in ("a", "b", "c"):
+        for k in range(4):
+            write_image(tmp_path / "films" / "JPEGImages" / name / f"{k:05d}.jpg", frames[k])
+            if name != "b": write_mask(tmp_path / "films" / "Annotations" / name / f"{k:05d}.png", masks[k] * (name != "c"))
+    model = world / "model.safetensors"
+    rows = run(None, tmp_path / "films", out=tmp_path / "o", model=model, budget="smoke", steps=1)
+    assert [r.video for r in rows] == ["a"]
+    notes = json.loads((tmp_path / "o" / "answers.json").read_text())["notes"]
+    assert any("left out: b, c (2 of 3 videos)" in n for n in notes) and "left out: b, c" in capsys.readouterr().out
+    given = run(None, tmp_path / "films", [(world / "frame.png", world / "mask.png")], tmp_path / "g", model, budget="smoke", steps=1)
+    assert [r.video for r in given] == ["a", "b", "c"]
+    bare = [Target(n, lambda: iter(frames)) for n in "xy"]
+    with pytest.raises(DataError, match="(?s)x.*no object in any of 0 masks.*--support"): with_masks(bare)
+    broken = Target("z", lambda: iter(frames), {0: lambda: (_ for _ in ()).throw(DataError("z.png: broken"))})
+    with pytest.raises(DataError, match="z.png: broken"): with_masks([*bare, broken])
+
+
+def test_stills_that_were_meant_as_a_film_are_told_why(tmp_path):
+    frames, masks = film(5)
+    for k, n in enumerate((1, 2, 10, 11, 30)): write_image(tmp_path / "holes" / f"{n}.png", frames[k])
+    with pytest.raises(DataError, match="(?s)holes was read as 5 single pictures.*00000.png"): check_films(open_videos(tmp_path / "holes"), ([frames[0]], [masks[0]]))
+
+
+def test_images_that_are_the_films_by_another_name_are_refused(tmp_path, world):
+    films = world / "videos"
+    (tmp_path / "link").symlink_to(films)
+    inside = next(p for p in films.iterdir() if p.is_dir())
+    for same in (films, tmp_path / "link", inside, films.parent, f"{films}/../videos"):
+        with pytest.raises(DataError, match="images of others"): run(same, films, out=tmp_path / "o", budget="smoke")
+    with pytest.raises(DataError, match="images of others"): run(films, tmp_path / "link", out=tmp_path / "o", budget="smoke")
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("bad", [dict(steps=1.5), dict(steps=-1), dict(seed="a"), dict(seed=10 ** 20), dict(seed=.5), dict(support=("frame.png", "mask.png")),
+    dict(support=[("frame.png",)]), dict(support="ab"), dict(support=[(1, 2)]), dict(video=["film"]), dict(model=["m"]), dict(images=3)])
+def test_words_of_a_wrong_kind_are_refused_before_anything_is_written(bad, tmp_path, world):
+    call = dict(images=None, video=world / "videos", model=world / "model.safetensors", out=tmp_path / "o", budget="smoke") | bad
+    with pytest.raises((ConfigError, DataError), match=[*bad][0] if "video" not in bad else "the name of a video"): run(**call)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_row_is_told_where_only_one_side_has_a_dice():
+    row = Row("x", 3, .5, .5, 2, 0, .5, 0., 0., None, 0., None, 2, 0)
+    assert told(row)[0].endswith("Dice 0.000 -> - (means of 2 and 0 frames)")
+    row = Row("x", 3, .5, .5, 0, 2, 0., .5, None, .25, None, .2, 0, 2)
+    assert told(row)[0].endswith("Dice - -> 0.250 (means of 0 and 2 frames)")
+    assert "Dice" not in told(Row("x", 3, .5, .5, 1, 1, .5, .5))[0]
+    assert told(Row("x", 3, .5, .5, 1, 1, .5, .5, .1, .2, .1, .2, 3, 3))[0].endswith("Dice 0.100 -> 0.200")
+
+
+def test_rows_say_over_how_many_frames_their_means_are(tmp_path, world):
+    rows = run(None, world / "videos", out=tmp_path / "o", model=world / "model.safetensors", budget="smoke", steps=1)
+    for r in rows: assert isinstance(r.counted_before, int) and 0 <= r.counted_after <= r.frames
+    assert "counted_before" in json.loads((tmp_path / "o" / "answers.json").read_text())["videos"][0]
+
+
+def test_a_run_saves_on_its_way(tmp_path, world, monkeypatch):
+    import timet_nb.relearn.apply as apply
+    seen = {}
+    for name in ("relearn", "train_images"):
+        def _spy(*a, _f=getattr(apply, name), _n=name, **k):
+            seen[_n] = k["save_every"]
+            return _f(*a, **k)
+        monkeypatch.setattr(apply, name, _spy)
+    images = write_ultrasound(tmp_path / "images", UltrasoundWorld("breast", S, seed=1), 4)
+    run(images, world / "videos", out=tmp_path / "o", budget="smoke", steps=41)
+    assert seen == dict(relearn=2, train_images=1)
+
+
+def test_arrays_are_a_video_as_tensors_are():
+    frames, masks = film(3)
+    a, b = as_video(frames, frames[0], masks[0], S, "t"), as_video(frames.numpy(), frames[0].numpy(), masks[0].numpy(), S, "a")
+    assert torch.equal(a.frames[[0, 1, 2]], b.frames[[0, 1, 2]]) and torch.equal(a.images[0], b.images[0]) and torch.equal(a.masks[0], b.masks[0])
+
+
+def test_look_knows_medical_sets(tmp_path, capsys):
+    from timet_nb.cli import main
+    frames, masks = film(2)
+    for kind in ("benign", "malignant"):
+        for k in range(2):
+            write_image(tmp_path / "Dataset_BUSI_with_GT" / kind / f"{kind} ({k + 1}).png", frames[k])
+            write_image(tmp_path / "Dataset_BUSI_with_GT" / kind / f"{kind} ({k + 1})_mask.png", masks[k].float().expand(3, -1, -1))
+    main(["look", str(tmp_path / "Dataset_BUSI_with_GT")])
+    assert "[busi]: 4 pairs" in capsys.readouterr().out
+    for k in range(2):
+        write_image(tmp_path / "davis" / "JPEGImages" / "480p" / "x" / f"{k:05d}.jpg", frames[k])
+        write_mask(tmp_path / "davis" / "Annotations" / "480p" / "x" / f"{k:05d}.png", masks[k])
+    main(["look", str(tmp_path / "davis")])
+    assert "1 clip, 2 frames, a mask for every frame" in capsys.readouterr().out
 
 
 def test_help_of_relearn(capsys):

@@ -175,7 +175,7 @@ def test_plots_draw_the_data():
     assert {"a", "b"} == {t.get_text() for t in ax.get_legend().get_texts()} and "floor" in {t.get_text() for t in ax.texts}
     assert ax.lines[0].get_linestyle() != ax.lines[1].get_linestyle() and ax.get_title(loc="left") == "t"
     ax = bars({"up": [1, 2], "down": -.5}, reference=1).axes[0]
-    assert [p.get_width() for p in ax.patches] == [1.5, -.5] and {"1.50", "-0.500"} <= {t.get_text() for t in ax.texts}
+    assert [p.get_width() for p in ax.patches] == [1.5, -.5] and {"mean 1.50", "-0.500"} <= {t.get_text() for t in ax.texts}
     assert [t.get_text() for t in ax.get_yticklabels()] == ["up", "down"]
 
 

@@ -482,4 +482,105 @@ def test_ask_each_is_one_question_at_a_time(net, sets):
     q, s = sets[0][:3], sets[1][:3]
     with torch.no_grad(): one = [net.predict(x[None], net.support([a], [b])) > .5 for (x, _), (a, b) in zip(q, s)]
     assert ask_each(net, q, s) == overlap_of(torch.cat(one), torch.stack([m for _, m in q]))
-    with pytest.raises(DataError, match="one a question"): ask_each(net, q, s[:2])
+    with pytest.raises(DataError, match="one per question"): ask_each(net, q, s[:2])
+
+
+# readings and refusals
+@pytest.mark.parametrize("bad", [dict(steps=2.5), dict(steps=0), dict(batch=2.5), dict(shots=1.5), dict(shots=True), dict(lr=-1e-3), dict(lr=float("nan")),
+    dict(backbone_lr=float("nan")), dict(backbone_lr=-1e-3), dict(weight_decay=-1), dict(dice=-1), dict(dice=float("nan")), dict(cross_entropy=-1),
+    dict(cross_entropy=float("nan")), dict(dice=0, cross_entropy=0), dict(clip=-1), dict(clip=0), dict(clip=float("nan")), dict(decoys=float("nan"))])
+def test_image_settings_without_a_meaning_are_refused_by_name(bad):
+    with pytest.raises(ConfigError, match=[*bad][0]): ImagePhaseConfig(**bad)
+
+
+@pytest.mark.parametrize("bad", [dict(size=64.5), dict(size=0), dict(width=2.5), dict(layers=1.5), dict(head_act="elu"), dict(shots="sum")])
+def test_sizes_without_a_meaning_are_refused_by_name(bad):
+    with pytest.raises(ConfigError, match=[*bad][0]): FewShotConfig(**bad)
+
+
+def test_either_part_of_the_loss_can_be_left_out(net, sets):
+    logits, y = rand(2, 2, 8, 8), (rand(2, 8, 8, seed=1) < .3).long()
+    parts = mask_loss(logits, y)
+    assert torch.equal(mask_loss(logits, y, cross_entropy=0)["loss"], parts["dice"])
+    assert torch.equal(mask_loss(logits, y, dice=0)["loss"], parts["ce"])
+    assert torch.equal(mask_loss(logits, y, 1., 1.)["loss"], parts["loss"])
+    torch.testing.assert_close(mask_loss(logits, y, .5, 2.)["loss"], 2 * parts["ce"] + .5 * parts["dice"])
+    row = train_images(create_fewshot(FewShotConfig.test()), sets, ImagePhaseConfig(steps=1, batch=2, cross_entropy=0)).history[0]
+    assert row["loss"] == row["dice"] != row["ce"]
+
+
+def old_draw(e, number):
+    "Episodes as they were drawn before empty masks were looked at: the same random numbers."
+    from timet_nb.base.order import item_seed
+    rng, out = random.Random(item_seed(e.seed, 0, number)), []
+    for _ in range(e.config.batch):
+        home = rng.randrange(len(e.sets))
+        pairs = [e._read(home, i, rng) for i in rng.sample(range(len(e.sets[home])), e.config.shots + 1)]
+        out.append(pairs)
+    return torch.stack([torch.stack([x for x, _ in p]) for p in out]), torch.stack([torch.stack([m for _, m in p]) for p in out])
+
+
+def test_sets_whose_masks_show_something_are_drawn_as_before(sets):
+    e = Episodes(sets, ImagePhaseConfig(batch=3, shots=2), 64, 5)
+    for k in range(4):
+        b, (x, m) = e(k), old_draw(e, k)
+        assert torch.equal(b.query, x[:, 0]) and torch.equal(b.support, x[:, 1:])
+        assert torch.equal(b.query_masks, m[:, 0]) and torch.equal(b.support_masks, m[:, 1:])
+
+
+@pytest.mark.parametrize("shots", [1, 2])
+def test_supports_show_an_object_and_questions_need_not(sets, shots):
+    half = [[(x, m * (k % 2)) for k, (x, m) in enumerate(s)] for s in sets]
+    config = ImagePhaseConfig(batch=60, shots=shots)
+    b = Episodes(half, config, 64, 3)(0)
+    shows = lambda m: (m == 1).flatten(-2).any(-1)
+    assert shows(b.support_masks).all() and shows(b.query_masks).any() and not shows(b.query_masks).all()
+    for s, q in zip(b.support, b.query):                             # still no picture twice
+        seen = [q, q.flip(-1)]
+        for x in s:
+            assert not any(torch.equal(x, y) for y in seen); seen += [x, x.flip(-1)]
+    for x, y in zip(b, Episodes(half, config, 64, 3)(0)): assert torch.equal(x, y)
+
+
+def test_sets_that_show_too_little_are_refused_by_name(sets):
+    class Named(list): group = "busi"
+    none = Named((x, 0 * m) for x, m in sets[0])
+    with pytest.raises(DataError, match="(?s)image set busi: got an object in 0 of 6 masks.*2 or more"): Episodes([sets[1], none], ImagePhaseConfig(), 64)
+    one = [(x, m * (k == 3)) for k, (x, m) in enumerate(sets[0])]
+    with pytest.raises(DataError, match="image set 1: got an object in 1 of 6"): Episodes([sets[1], one], ImagePhaseConfig(), 64)
+    two = [(x, m * (k in (3, 5))) for k, (x, m) in enumerate(sets[0])]
+    assert (Episodes([two], ImagePhaseConfig(batch=9), 64)(0).support_masks == 1).any()
+
+
+def test_the_head_has_other_functions_and_the_same_keys():
+    made = {a: create_fewshot(FewShotConfig.test(head_act=a)) for a in ("relu", "gelu", "none")}
+    z = rand(1, 16, 8, 8) - .5
+    for a, f in (("relu", torch.relu), ("gelu", nn.functional.gelu), ("none", lambda t: t)):
+        first, _, last = made[a].head
+        torch.testing.assert_close(made[a].head(z), last(f(first(z))))
+    assert [*made["relu"].state_dict()] == [*made["none"].state_dict()] and made["relu"].config == FewShotConfig.test()
+
+
+def test_several_shots_may_be_their_largest(net, tmp_path):
+    most = create_fewshot(FewShotConfig.test(shots="max")).eval(); most.load_state_dict(net.state_dict())
+    x, m, q = rand(3, 3, 64, 64), disc().expand(3, -1, -1), rand(1, 3, 64, 64, seed=2)
+    s = net.support(x, m)
+    assert torch.equal(most.predict(q, most.support(x[:1], m[:1])), net.predict(q, net.support(x[:1], m[:1])))
+    one = Support(tuple(f.amax(1, keepdim=True) for f in s.maps))     # the fused maps; the pseudo mask is the largest cosine
+    from timet_nb.relearn.prior import cosine_maps, min_max
+    top = net.pyramid(square_images(q, 64))[-1]
+    assert torch.equal(most.locate(top, s), min_max(cosine_maps(top, s.maps[-1], net.config.how).amax(1)))
+    most.locate = lambda top, _: torch.zeros(1, *top.shape[2:]); net_zero = create_fewshot(FewShotConfig.test()); net_zero.load_state_dict(net.state_dict())
+    net_zero.eval().locate = most.locate
+    with torch.no_grad(): torch.testing.assert_close(most(q, s), net_zero(q, one))
+    assert not torch.equal(most(q, s), net_zero(q, s))
+    back = load_fewshot(create_fewshot(FewShotConfig.test(shots="max", head_act="gelu")).save(tmp_path / "m.safetensors"))
+    assert (back.config.shots, back.config.head_act) == ("max", "gelu")
+
+
+def test_files_of_before_the_new_settings_still_load(net, tmp_path):
+    from dataclasses import asdict
+    old = {k: v for k, v in asdict(net.config).items() if k not in ("head_act", "shots")}
+    save_state(tmp_path / "old.safetensors", net.state_dict(), dict(kind="stcr-images", config=old))
+    assert load_fewshot(tmp_path / "old.safetensors").config == net.config
+    assert FewShotSegmenter(net).fingerprint() != FewShotSegmenter(create_fewshot(FewShotConfig.test(shots="max"))).fingerprint()

@@ -252,7 +252,7 @@ def test_neck_refuses_maps(change, word):
 
 @pytest.mark.parametrize("options", [dict(out=(5, 5)), dict(out=5, width=(1, 2)), dict(out=0)])
 def test_neck_refuses_widths(options):
-    with pytest.raises(ConfigError, match="one a level"): GiraffeNeck((4, 6, 8), **options)
+    with pytest.raises(ConfigError, match="one per level"): GiraffeNeck((4, 6, 8), **options)
 
 
 def official(made):
@@ -393,3 +393,33 @@ def test_losses_refuse():
         with pytest.raises(DataError, match=word): call()
     for call in (lambda: temporal_loss(f, "time"), lambda: temporal_loss(f, divisor="T"), lambda: feature_loss(zh, z, "mean"), lambda: prediction_loss(yh, y, "sum")):
         with pytest.raises(ConfigError): call()
+
+
+# readings
+def test_features_may_be_averaged_over_vectors():
+    a, b = rand(3, 5, 4, 6), rand(3, 5, 4, 6, seed=1)
+    want = sum(float((a[t, :, i, j] - b[t, :, i, j]).square().sum()) for t in range(3) for i in range(4) for j in range(6)) / (3 * 4 * 6)
+    assert float(feature_loss(a, b, "vectors")) == pytest.approx(want, rel=1e-5)
+    torch.testing.assert_close(feature_loss(a, b, "vectors"), 5 * feature_loss(a, b))
+    assert ConsistencyConfig(feature_divisor="vectors").feature_divisor == "vectors"
+
+
+def test_the_teachers_maps_may_be_hard():
+    y_hat, y = rand(3, 2, 4, 6).softmax(1).requires_grad_(), rand(3, 2, 4, 6, seed=1).softmax(1)
+    hard = F.one_hot(y.argmax(1), 2).movedim(-1, 1).float()
+    got = prediction_loss(y_hat, y, maps="hard")
+    torch.testing.assert_close(got, F.mse_loss(y_hat, hard))
+    got.backward(); assert y_hat.grad.any()
+    assert torch.equal(prediction_loss(y_hat, y), prediction_loss(y_hat, y, maps="soft"))
+    with pytest.raises(ConfigError, match="soft, hard"): prediction_loss(y_hat, y, maps="sharp")
+    with pytest.raises(ConfigError, match="soft, hard"): ConsistencyConfig(prediction_maps="sharp")
+    f, z = rand(3, 5, 4, 6), rand(3, 5, 4, 6, seed=2)
+    made = consistency(ConsistencyConfig(prediction_maps="hard"), f, z, z, y_hat, y)
+    torch.testing.assert_close(made["prediction"], F.mse_loss(y_hat, hard).detach())
+
+
+def test_shots_become_their_mean_or_the_largest():
+    q, s = rand(2, 5, 4, 4), rand(2, 3, 5, 4, 4, seed=1)
+    assert torch.equal(pseudo_mask(q, s, shots="max"), min_max(cosine_maps(q, s).amax(1)))
+    assert torch.equal(pseudo_mask(q, s), pseudo_mask(q, s, shots="mean"))
+    with pytest.raises(ConfigError, match="mean, max"): pseudo_mask(q, s, shots="sum")

@@ -72,13 +72,13 @@ def command(
 for _f in (doctor, frames, visor, clips, look, tune, propagate, segment, dcsam__train, dcsam__eval,
            dcsam__segment, predict, relearn, measure, eval_, compare): command(_f)
 
-# %% ../nbs/99_cli.ipynb #925161d8
+# %% ../nbs/99_cli.ipynb #1ec50bc1
 def _values(words, name):
     "Flags as a dictionary of words; asking for help ends here."
     given, rest = {}, list(words)
     while rest:
         word = rest.pop(0)
-        if word in ("-h", "--help"): raise SystemExit(_run_help(name))
+        if word in ("-h", "--help"): print(_run_help(name)); raise SystemExit(0)
         if word == "-p" and rest: word = "--" + rest.pop(0)
         if not word.startswith("--"): raise _wrong(f"expected --PARAMETER VALUE, got {word!r}")
         key, eq, value = word[2:].partition("=")
@@ -100,7 +100,7 @@ def _run_help(name):
     rows = "\n".join(f"  --{k:12} {v!r}" for k, v in notebook_parameters(path).items())
     return f"usage: {run.__doc__}\n\nparameters of {path.name} and their defaults:\n{rows}"
 
-# %% ../nbs/99_cli.ipynb #d5209f08
+# %% ../nbs/99_cli.ipynb #eab84997
 def _tell(folder):
     "Say where everything of a run lies."
     names = {"*.ipynb": "executed notebook", "*.html": "the same as HTML", "figures": "figures",
@@ -115,7 +115,8 @@ def run(
 
     timet run NAME [--threads N] [--timeout S] [--out DIR]
                    [--PARAMETER VALUE | -p PARAMETER=VALUE ...]"""
-    if not argv or argv[0] in ("-h", "--help"): raise SystemExit(f"usage: {run.__doc__}")
+    if argv[:1] in (["-h"], ["--help"]): print(f"usage: {run.__doc__}"); raise SystemExit(0)
+    if not argv: raise SystemExit(f"usage: {run.__doc__}")
     given = _values(argv[1:], argv[0])
     own = {k: (str if k == "out" else int)(given.pop(k)) for k in ("threads", "timeout", "out")
            if k in given}

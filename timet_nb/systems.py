@@ -175,9 +175,9 @@ def dcsam__segment(
     "Segment by example with DC-SAM; the same as `timet segment --method dcsam`."
     segment(ref, target, out, label, "dcsam", sam, weights, 0, threshold, step, stills, device)
 
-# %% ../nbs/98_systems.ipynb #7554bede
+# %% ../nbs/98_systems.ipynb #1372dfaf
 def predict(
-    source: str,              # video, DICOM, folder of frames or clips, .npy array; or: digits
+    source: str,              # video, GIF, DICOM, folder of frames or clips, .npy; or: digits
     weights: str = "",        # .safetensors or an OpenSTL checkpoint; "": one is trained here
     out: str = "predicted",   # new folder: frames, the clip as GIF, answers.json, what was trained
     frames: int = 0,          # how many to predict; 0: as many as the model looks at
@@ -186,15 +186,18 @@ def predict(
     steps: int = 300,         # training steps where no weights are given
     seed: int = 0,            # of that training
     device: str = "auto",     # auto, cpu, cuda
+    resume: bool = False,     # go on with the same call, which was stopped, in its own folder
 ):
     "Predict how clips go on (TAU); writes frames, and scores where the truth is known."
+    import sys
     from timet_nb.relearn.predict import run as go_on
-    go_on(source, weights, out, frames, ahead, size, steps, seed, device)
+    say = lambda text: print(text, file=sys.stderr)
+    go_on(source, weights, out, frames, ahead, size, steps, seed, device, resume, say)
     print(f"written: {out}")
 
 # %% ../nbs/98_systems.ipynb #da82a75b
 def relearn(
-    images: str,                # annotated images: a folder; or ultrasound, endoscopy (generated)
+    images: str,                # annotated images: folder; ultrasound, endoscopy; none with --model
     video: str,                 # video file, folder of frames, DICOM file, or a data set of videos
     support: list[str] = None,  # annotated frame and its mask; left out: first frame with a mask
     out: str = "relearned",     # new folder: masks, tinted pictures, models, logs and answers.json

@@ -39,16 +39,24 @@ def clips(
     from timet_nb.data.worlds import write_world
     print(f"written: {write_world(out)}")
 
-# %% ../nbs/98_verbs.ipynb #3b5d3f36
+# %% ../nbs/98_verbs.ipynb #0f23ce1e
 def look(
     source: str,        # a folder in any known layout, or a video file
     split: str = "",    # a split of that layout, such as train or val
 ):
     "Say what a folder holds, in one line and a table; reads only."
     from timet_nb.data.layout import find_layout
-    layout = find_layout(source, split=split or None)
+    layout = (None if split else _medical(source)) or find_layout(source, split=split or None)
     print(layout.describe())
     for note in layout.notes: print(f"note: {note}")
+
+def _medical(source):
+    "A medical set that is published under a name, or None: plain pairs are any picture's."
+    from timet_nb.base.runtime import DataError
+    from timet_nb.data.medical import find_medical
+    try: found = find_medical(source)
+    except DataError: return None
+    return None if found.kind == "pairs" else found
 
 # %% ../nbs/98_verbs.ipynb #610f93dd
 def doctor():

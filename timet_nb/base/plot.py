@@ -86,20 +86,23 @@ def curves(
         ax.margins(x=.02); ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     return fig
 
-# %% ../../nbs/0_base/03_plot.ipynb #4e1d821f
+# %% ../../nbs/0_base/03_plot.ipynb #669bf6ee
 def _bar(ax, i, run, fmt):
     "One bar, a ring a run, and the mean in figures."
     mean, sign = run.mean(), 1 if run.mean() >= 0 else -1
+    end = max(sign * run); far = end - abs(mean) > .15 * abs(mean)
     ax.barh(i, mean, height=.62, color=_colour(i), alpha=.88)
     ring = dict(marker="o", ls="none", ms=4, mfc="white", mec=PALETTE[0], mew=.8)
     if len(run) > 1: ax.plot(run, np.full(len(run), i), **ring)
-    ax.annotate(_text(mean, fmt), (sign * max(sign * run), i), xytext=(5 * sign, 0), va="center",
-                textcoords="offset points", ha="left" if sign > 0 else "right", fontsize=8)
+    ax.annotate(("mean " if far else "") + _text(mean, fmt), (sign * end, i), xytext=(5 * sign, 0),
+                va="center", textcoords="offset points", ha="left" if sign > 0 else "right",
+                fontsize=8)
 
-def _flat(ax, names, room_below):
-    "Names on the left, no frame, a line at zero."
+def _flat(ax, names, room_below, beside=.16):
+    "Names on the left, no frame, a line at zero, room for the numbers."
+    beside += .22 * any(t.get_text().startswith("mean ") for t in ax.texts)
     ax.set_yticks(range(len(names)), names); ax.tick_params(axis="y", length=0)
-    ax.set_ylim(len(names) - (.05 if room_below else .5), -.5); ax.margins(x=.16)
+    ax.set_ylim(len(names) - (.05 if room_below else .5), -.5); ax.margins(x=beside)
     ax.grid(False, axis="y"); ax.grid(True, axis="x"); ax.spines["left"].set_visible(False)
     ax.axvline(0, color="#77777c", lw=.8)
 
@@ -122,7 +125,7 @@ def bars(
         _flat(ax, list(runs), isinstance(reference, tuple)); ax.set(xlabel=ylabel, title=title)
     return fig
 
-# %% ../../nbs/0_base/03_plot.ipynb #72f23dfb
+# %% ../../nbs/0_base/03_plot.ipynb #c16a83ef
 def panels(
     values: Mapping,         # {panel: {name: number, or several numbers}}
     title: str = "",         # what the reader should see
@@ -140,7 +143,7 @@ def panels(
         for ax, (panel, found) in zip(axes, values.items()):
             for n, v in found.items():
                 _bar(ax, names.index(str(n)), _numbers(v, str(n)).ravel(), fmt)
-            _flat(ax, names, False); ax.set_title(fill(str(panel), 66 // ncols)); ax.margins(x=.3)
+            _flat(ax, names, False, .3); ax.set_title(fill(str(panel), 66 // ncols))
             if not any(p.get_width() for p in ax.patches): ax.set_xlim(0, 1)
             if ax not in axes[::ncols]: ax.set_yticklabels([])
         for ax in axes[len(values):]: ax.set_visible(False)

@@ -8,9 +8,10 @@ Docs: https://timet-nb.github.io/timet_nb/8_relearn/apply.html.md"""
 __all__ = ['BUDGETS', 'AGAIN', 'DARK', 'open_images', 'run', 'GENERATED', 'Row', 'image_sets', 'steadiness', 'told',
            'write_masks', 'Target', 'first_shown', 'open_videos', 'with_support']
 
-# %% ../../nbs/8_relearn/83_apply.ipynb #ad2ead17
+# %% ../../nbs/8_relearn/83_apply.ipynb #102275ea
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from numbers import Integral
 import os
 from pathlib import Path
 import sys
@@ -22,7 +23,8 @@ from ..base.runtime import ConfigError, DataError, explain, new_folder, pick_dev
 from ..data.decode_masks import read_mask
 from .episodes import Episodes
 from .fewshot import FewShotConfig, FewShotNet, create_fewshot
-from .films import Target, check_films, first_shown, open_videos, with_support
+from .films import (Target, check_films, first_shown, open_videos, with_masks,
+                                    with_support)
 from .frames import named_path
 from .image_phase import ImagePhaseConfig, train_images
 from .relearn import load_images, relearn, segment_images
@@ -50,7 +52,7 @@ def open_images(
     if sets: _train(net, sets, images, budget, out, seed, device)
     return net
 
-# %% ../../nbs/8_relearn/83_apply.ipynb #cbd0931e
+# %% ../../nbs/8_relearn/83_apply.ipynb #efaae237
 def _ready(images, model, budget, seed, device, notes):
     "The image model and no sets; or one to be trained, and the sets for it."
     one_of("budget", budget, BUDGETS)
@@ -64,10 +66,13 @@ def _ready(images, model, budget, seed, device, notes):
     for s in sets: s[0]                        # a set whose first picture cannot be read, now
     return net, sets
 
+def _often(steps): return max(1, steps // 20)      # a process that dies loses a twentieth
+
 def _train(net, sets, images, budget, out, seed, device):
     "The image phase; where it was stopped, it goes on."
-    train_images(net, sets, ImagePhaseConfig(steps=BUDGETS[budget][1]),
-                 out and Path(out) / "images", seed, device, again=AGAIN)
+    steps = BUDGETS[budget][1]
+    train_images(net, sets, ImagePhaseConfig(steps=steps), out and Path(out) / "images", seed,
+                 device, again=AGAIN, save_every=_often(steps) if out else 0)
     if out: net.save(Path(out) / "image-model.safetensors",
                      notes=dict(images=str(images), budget=budget, seed=seed))
 
@@ -89,24 +94,42 @@ class _Job:
         "Videos that share a student."
         return [self.targets] if self.call["per"] == "set" else [[t] for t in self.targets]
 
-# %% ../../nbs/8_relearn/83_apply.ipynb #48debe75
+# %% ../../nbs/8_relearn/83_apply.ipynb #c9cd31cc
+def _check_words(call):
+    "Refuse words of a wrong kind: what is no path, no pair of paths, no whole number."
+    is_path = lambda p: isinstance(p, (str, os.PathLike))
+    named_path(call["video"], "a video")
+    for k in ("images", "model"):
+        if call[k] is not None and not is_path(call[k]): raise ConfigError(explain(
+            k, repr(call[k]), "the name of a file or folder, or None"))
+    for pair in () if call["support"] is None else call["support"]:
+        fine = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(is_path, pair))
+        if not fine: raise ConfigError(explain("support", repr(pair), "pairs of files",
+                                               'support=[("frame.png", "mask.png")]'))
+    if not isinstance(call["seed"], Integral) or abs(call["seed"]) >= 2 ** 63: raise ConfigError(
+        explain("seed", repr(call["seed"]), "a whole number of less than 64 bits"))
+
+# %% ../../nbs/8_relearn/83_apply.ipynb #dd6dfc7a
 def _opened(call, out, resume):
     "Open what a call names, and refuse what can be refused now."
+    _check_words(call)
     one_of("per", call["per"], ("video", "set")); one_of("budget", call["budget"], BUDGETS)
     steps = BUDGETS[call["budget"]][2] if call["steps"] is None else call["steps"]
     how, where = RelearnConfig(steps=steps), (call["seed"], pick_device(call["device"]))
     out, notes = _folder(out, call, resume), _Notes()
     targets = open_videos(call["video"], notes)
     given = call["support"] and read_support(call["support"], notes)
+    if not given: targets = with_masks(targets, notes)       # a film that nobody marked is left out
     check_films(targets, given)
     net, sets = _ready(call["images"], call["model"], call["budget"], *where, notes)
     return _Job(call, how, out, notes, targets, given, net, sets, where)
 
-# %% ../../nbs/8_relearn/83_apply.ipynb #760f5ea9
+# %% ../../nbs/8_relearn/83_apply.ipynb #3208fc2c
 def run(
     images: str | Path | None,       # annotated images, see `image_sets`
     video: str | Path,               # see `open_videos`
-    support: list | None = None,     # (picture, mask) files; None: the first frame with a mask
+    support: list | None = None,     # (picture, mask) files; None: the first frame with a mask, and
+                                     # a video without any is left out
     out: str | Path = "relearned",   # new folder; of a stopped run, where `resume`
     model: str | Path | None = None, # image model; None: trained on `images`
     per: str = "video",              # "video": each for itself; "set": one student for all
@@ -115,7 +138,7 @@ def run(
     seed: int = 0,                   # of everything
     device: str = "cpu",             # where
     resume: bool = False,            # go on with the same call, which was stopped
-) -> list[Row]:                      # one a video
+) -> list[Row]:                      # one per video
     "Train or open an image model, relearn it on videos, write masks before and after."
     call = {k: v for k, v in locals().items() if k not in ("out", "resume")}
     job = _opened(call, out, resume)
@@ -159,7 +182,7 @@ def _about(job):
     return dict(words, support=shown, training=trained, steps=job.how.steps,
                 size=job.net.config.size, relearn=asdict(job.how))
 
-# %% ../../nbs/8_relearn/83_apply.ipynb #b473c846
+# %% ../../nbs/8_relearn/83_apply.ipynb #42153577
 DARK = .1     # a film of which no value is above it is hardly to be seen
 
 def _relearn_group(job, group):
@@ -171,7 +194,8 @@ def _relearn_group(job, group):
     mine = [f"{v.frames.name}: nearly black, no value is above {v.frames.top:.3f} of 1; are these "
             "12 bits in files of 16? Stretch them first" for v in videos if v.frames.top <= DARK]
     for n in mine: job.notes.append(n)
-    student = relearn(job.net, videos, job.how, log, *job.where, again=AGAIN)
+    student = relearn(job.net, videos, job.how, log, *job.where, again=AGAIN,
+                      save_every=_often(job.how.steps))
     student.save(log / "student.safetensors")
     rows = [_judge(job, student, v, t) for v, t in zip(videos, group)]
     write_json(log / "rows.json", dict(rows=[asdict(r) for r in rows], notes=mine))
@@ -183,7 +207,7 @@ def _finished(path, notes):
     for n in kept["notes"]: notes.append(n)
     return [Row(**r) for r in kept["rows"]]
 
-# %% ../../nbs/8_relearn/83_apply.ipynb #798230c2
+# %% ../../nbs/8_relearn/83_apply.ipynb #5be14321
 def _judge(job, student, video, target):
     "Masks before and after, tinted pictures, and what can be said of them."
     own = None if job.given else first_shown(target)                 # this mask is the support
@@ -203,9 +227,9 @@ def _written(masks, folder, truth):
     steady, known, n = write_masks(counted(masks, shares), folder, truth)
     return dict(steady=sum(steady) / len(steady), marked=sum(s > 0 for s in shares),
                 share=sum(shares) / n, dice=known.dice if known else None,
-                iou=known.iou if known else None)
+                iou=known.iou if known else None, counted=known.n if known else 0)
 
-# %% ../../nbs/8_relearn/83_apply.ipynb #1ae7e35b
+# %% ../../nbs/8_relearn/83_apply.ipynb #a82bc13c
 def _plain(call):
     "The words of a call for its file: paths are whole, so that they name the same from anywhere."
     path = lambda p: p if p is None or str(p) in GENERATED else os.path.abspath(p)
@@ -213,12 +237,15 @@ def _plain(call):
     return dict(call, support=shown, **{k: path(call[k]) for k in ("images", "video", "model")})
 
 def _check_apart(call):
-    "Refuse to train on the very films that are to be segmented."
-    same = not call["model"] and call["images"] and _plain(call)
-    if same and same["images"] == same["video"]: raise DataError(explain(
-        "images", f"{call['video']}, the films to be segmented", "annotated images of others",
+    "Refuse to train on the very films that are to be segmented, by whatever name."
+    if call["model"] or not call["images"] or str(call["images"]) in GENERATED: return
+    a, b = (Path(os.path.realpath(call[k])) for k in ("images", "video"))
+    if a == b or a in b.parents or b in a.parents: raise DataError(explain(
+        "images", f"{call['images']}, and the films to be segmented are {call['video']}",
+        "annotated images of others, in a folder beside that of the films",
         "whoever learns from the masks of a film is not to be judged on it"))
 
+# %% ../../nbs/8_relearn/83_apply.ipynb #b1cb6243
 def _folder(out, call, resume):
     "The output folder: a new one, or that of the same call, which was stopped."
     _check_apart(call)

@@ -7,11 +7,12 @@ Docs: https://timet-nb.github.io/timet_nb/8_relearn/divergence.html.md"""
 # %% auto #0
 __all__ = ['REDUCTIONS', 'FORMS', 'change_logits', 'diff_divergence', 'prediction_loss']
 
-# %% ../../nbs/8_relearn/81_divergence.ipynb #9dba0ab9
+# %% ../../nbs/8_relearn/81_divergence.ipynb #af0dcaef
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..base.errors import one_of
 from ..base.runtime import ConfigError, DataError, expect, explain
 
 # %% ../../nbs/8_relearn/81_divergence.ipynb #0c18b60f
@@ -57,7 +58,7 @@ def diff_divergence(
     each = terms.flatten(1).sum(1)
     return each if reduction == "none" else each.mean()
 
-# %% ../../nbs/8_relearn/81_divergence.ipynb #82d7ac4d
+# %% ../../nbs/8_relearn/81_divergence.ipynb #a3b6f510
 def prediction_loss(
     pred: Tensor,            # (B, T, C, H, W)
     true: Tensor,            # (B, T, C, H, W)
@@ -65,9 +66,12 @@ def prediction_loss(
     tau: float = .1,         # its temperature
     reduction: str = "mean", # its reduction, see `diff_divergence`
     form: str = "log_softmax",   # of the divergence
-) -> dict[str, Tensor]:      # loss, mse, reg
+    squared: str = "mean",   # squared error: "mean" of everything; "sum" of a clip, as printed
+) -> dict[str, Tensor]:      # loss; mse, a mean whatever `squared` says; reg
     "Squared error, averaged over everything, plus the weighted regulariser."
+    one_of("squared", squared, ("mean", "sum"))
     mse = F.mse_loss(pred, true)
-    if not alpha: return dict(loss=mse, mse=mse)
+    error = mse if squared == "mean" else (pred - true).square().sum() / len(pred)
+    if not alpha: return dict(loss=error, mse=mse)
     reg = diff_divergence(pred, true, tau, reduction, form, finite=False)
-    return dict(loss=mse + alpha * reg, mse=mse, reg=reg)
+    return dict(loss=error + alpha * reg, mse=mse, reg=reg)

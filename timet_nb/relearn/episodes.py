@@ -7,9 +7,10 @@ Docs: https://timet-nb.github.io/timet_nb/8_relearn/episodes.html.md"""
 # %% auto #0
 __all__ = ['ImagePhaseConfig', 'EpisodeBatch', 'Episodes']
 
-# %% ../../nbs/8_relearn/82_episodes.ipynb #0eb4061a
+# %% ../../nbs/8_relearn/82_episodes.ipynb #b8ac5d75
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 import random
 from typing import NamedTuple
 
@@ -20,14 +21,14 @@ from torch.nn import functional as F
 
 from ..base.order import item_seed
 from ..base.runtime import ConfigError, DataError, explain
-from .fewshot import square_images, square_masks
+from .fewshot import check_numbers, square_images, square_masks
 
-# %% ../../nbs/8_relearn/82_episodes.ipynb #f97b7e94
+# %% ../../nbs/8_relearn/82_episodes.ipynb #81751c97
 @dataclass(frozen=True)
 class ImagePhaseConfig:
     "How the image model is trained; none of it is in what we could read of the paper."
     steps: int = 300           # optimiser steps
-    batch: int = 4             # episodes a step
+    batch: int = 4             # episodes per step
     shots: int = 1             # annotated pictures an episode; the released data classes show 1
     lr: float = 1e-3           # of mixers, neck and head
     backbone_lr: float = 1e-4  # of the backbone; 0 freezes it
@@ -36,12 +37,20 @@ class ImagePhaseConfig:
     clip: float = 1.           # largest norm of the gradient
     flip: bool = True          # mirror pictures, each for itself
     decoys: float = 0.         # share of episodes with an object of another set pasted in
+    cross_entropy: float = 1.  # its weight; 0: Dice alone
 
     def __post_init__(self):
         "Refuse what cannot be."
-        if min(self.steps, self.batch, self.shots) < 1: raise ConfigError(explain(
-            "steps, batch, shots", (self.steps, self.batch, self.shots), "1 or more"))
-        if not 0 <= self.decoys <= 1: raise ConfigError(explain("decoys", self.decoys, "0 to 1"))
+        _check_phase(self)
+
+# %% ../../nbs/8_relearn/82_episodes.ipynb #8dc70e74
+def _check_phase(c):
+    "Refuse what cannot be, with the name of the setting."
+    check_numbers(c, "steps batch shots", "lr backbone_lr weight_decay dice cross_entropy")
+    if not c.clip > 0: raise ConfigError(explain("clip", c.clip, "a number above 0"))
+    if not c.dice + c.cross_entropy > 0: raise ConfigError(explain(
+        "dice, cross_entropy", "0 and 0", "a weight above 0 for one of them, to learn from"))
+    if not 0 <= c.decoys <= 1: raise ConfigError(explain("decoys", c.decoys, "0 to 1"))
 
 # %% ../../nbs/8_relearn/82_episodes.ipynb #53cb99c0
 class EpisodeBatch(NamedTuple):
@@ -51,7 +60,7 @@ class EpisodeBatch(NamedTuple):
     query: Tensor          # (B, 3, S, S)
     query_masks: Tensor    # (B, S, S) int64, 0, 1, 255 unknown
 
-# %% ../../nbs/8_relearn/82_episodes.ipynb #517083fa
+# %% ../../nbs/8_relearn/82_episodes.ipynb #5f4671a9
 class Episodes:
     "Draw episodes, each within one image set: the same for the same seed and number."
     def __init__(self,
@@ -61,11 +70,13 @@ class Episodes:
         seed: int = 0,                 # of the draw
     ):
         self.sets, self.config, self.size, self.seed = list(sets), config, size, seed
+        self._seen = {}                                       # (set, picture) -> shows an object
         small = [len(s) for s in self.sets if len(s) <= config.shots]
         if not self.sets or small: raise DataError(explain(
             "image sets", f"{small or 'none'}", f"sets of {config.shots + 1} pictures or more"))
         if config.decoys and len(self.sets) < 2: raise DataError(explain(
             "decoys", "one image set", "two or more: a decoy comes from another set"))
+        for home in range(len(self.sets)): self._check_shown(home)
 
     def __call__(self,
         number: int,   # of the batch
@@ -75,7 +86,29 @@ class Episodes:
         drawn = [self.draw(rng) for _ in range(self.config.batch)]
         return EpisodeBatch(*map(torch.stack, zip(*drawn)))
 
-# %% ../../nbs/8_relearn/82_episodes.ipynb #de3b6f63
+# %% ../../nbs/8_relearn/82_episodes.ipynb #53f5b97d
+@patch
+def _shows(self: Episodes, home, i):
+    "Whether the mask of a picture shows an object; each is looked at once."
+    if (home, i) not in self._seen:
+        self._seen[home, i] = bool((self.sets[home][i][1] == 1).any())
+    return self._seen[home, i]
+
+@patch
+def _showing(self: Episodes, home, numbers):
+    "As many of these pictures as an episode has shots, of those that show an object."
+    return list(islice((i for i in numbers if self._shows(home, i)), self.config.shots))
+
+@patch
+def _check_shown(self: Episodes, home):
+    "Refuse a set that has not K + 1 pictures with an object; no more are looked at than needed."
+    s, need = self.sets[home], self.config.shots + 1
+    n = len(list(islice((i for i in range(len(s)) if self._shows(home, i)), need)))
+    if n < need: raise DataError(explain(
+        f"image set {getattr(s, 'group', '') or home}", f"an object in {n} of {len(s)} masks",
+        f"in {need} or more", "are these the masks? The object is white in them, or 1 and up"))
+
+# %% ../../nbs/8_relearn/82_episodes.ipynb #5cbee84e
 @patch
 def draw(
     self: Episodes,
@@ -89,10 +122,15 @@ def draw(
     images, masks = map(torch.stack, zip(*pairs))
     return images[1:], masks[1:], images[0], masks[0]
 
+# %% ../../nbs/8_relearn/82_episodes.ipynb #4f543697
 @patch
 def _pick(self: Episodes, home, rng):
-    "Numbers of a question and of its annotated pictures."
-    return rng.sample(range(len(self.sets[home])), self.config.shots + 1)
+    "Numbers of a question and of its annotated pictures, which show an object."
+    n = len(self.sets[home])
+    query, *shown = rng.sample(range(n), self.config.shots + 1)
+    if not all(self._shows(home, i) for i in shown):
+        shown = self._showing(home, (i for i in rng.sample(range(n), n) if i != query))
+    return [query, *shown]
 
 @patch
 def _read(self: Episodes, home, i, rng):

@@ -116,7 +116,7 @@ class Video:
     images: Sequence[Tensor]         # K annotated pictures (3, H, W) of any sizes, RGB in [0, 1]
     masks: Sequence[Tensor]          # their ids (H, W): 1 the object
 
-# %% ../../nbs/8_relearn/83_frames.ipynb #b724eb63
+# %% ../../nbs/8_relearn/83_frames.ipynb #04e036b5
 def as_video(
     source,                          # frames, see `FrameStore`
     images,                          # annotated picture (3, H, W) RGB in [0, 1], or K of them
@@ -125,8 +125,8 @@ def as_video(
     name: str = "",                  # for messages
 ) -> Video:
     "Put a video and its support together."
-    if isinstance(images, Tensor) and images.ndim == 3:
-        images, masks = [images], [masks] if isinstance(masks, Tensor) else masks
+    if getattr(images, "ndim", 0) == 3:                      # a tensor or an array
+        images, masks = [images], [masks] if hasattr(masks, "ndim") else masks
     of = f" of {name}" if name else ""
     if any(isinstance(x, (str, Path)) for x in (images, masks, *images, *masks)): raise DataError(
         explain(f"support{of}", "names of files", "tensors",

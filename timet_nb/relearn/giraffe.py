@@ -106,10 +106,10 @@ def resample(
 
 # %% ../../nbs/8_relearn/82_giraffe.ipynb #e013e435
 def _per_level(value, n, name):
-    "One positive number a level."
+    "One positive number per level."
     value = (value,) * n if isinstance(value, int) else tuple(value)
     if len(value) == n and all(v > 0 for v in value): return value
-    raise ConfigError(explain(name, value, f"{n} numbers above 0, one a level"))
+    raise ConfigError(explain(name, value, f"{n} numbers above 0, one per level"))
 
 # %% ../../nbs/8_relearn/82_giraffe.ipynb #bcf1dbdc
 def _heard_by(graph, read, levels):
@@ -128,7 +128,7 @@ class GiraffeNeck(nn.Module):
         channels: tuple[int, ...],       # of the maps that come in, fine to coarse
         out: int | tuple[int, ...],      # channels of the maps that go out; one number: all alike
         layers: int = 3,                 # of the graph
-        width: int | tuple[int, ...] | None = None,   # channels inside, a level; None: `channels`
+        width: int | tuple[int, ...] | None = None,   # channels inside, per level; None: `channels`
         eps: float = 1e-5,               # of the norms; shipped: 1e-3 is asked for, 1e-5 arrives
         without: tuple[str, ...] = (),   # kinds of edges to leave out, see `giraffe_graph`
         read: tuple[int, ...] | None = None,   # levels whose outputs are wanted; None: all

@@ -29,21 +29,22 @@ from .fewshot import (SHIPPED_IMAGES, FewShotConfig, FewShotNet,
                                       create_fewshot)
 from .prior import HOWS, MASKINGS
 
-# %% ../../nbs/8_relearn/82_image_phase.ipynb #5ccbbc85
+# %% ../../nbs/8_relearn/82_image_phase.ipynb #bb83323e
 def mask_loss(
     logits: Tensor,     # (B, 2, H, W)
     masks: Tensor,      # (B, H, W) int64, 0, 1, 255 not counted
     dice: float = 1.,   # weight of the Dice term
-) -> dict[str, Tensor]: # loss, ce, dice
+    cross_entropy: float = 1.,   # weight of the other; 0: Dice alone
+) -> dict[str, Tensor]: # loss; ce and dice without their weights
     "Cross-entropy of every pixel, and one minus Dice of every picture."
     known = (masks != 255).flatten(1).to(logits.dtype)
     ce = F.cross_entropy(logits, masks, ignore_index=255,
                          reduction="sum") / known.sum().clamp(min=1)
     p, y = logits.softmax(1)[:, 1].flatten(1) * known, (masks == 1).flatten(1).to(logits.dtype)
     d = (1 - boundary.soft_dice(p, y)).mean()
-    return dict(loss=ce + dice * d, ce=ce.detach(), dice=d.detach())
+    return dict(loss=cross_entropy * ce + dice * d, ce=ce.detach(), dice=d.detach())
 
-# %% ../../nbs/8_relearn/82_image_phase.ipynb #f57d40d7
+# %% ../../nbs/8_relearn/82_image_phase.ipynb #e317d7d9
 def keep_statistics(
     net: nn.Module,   # whatever has BatchNorms
 ) -> None:
@@ -55,12 +56,13 @@ def episode_loss(
     net: FewShotNet,      # learns
     batch: EpisodeBatch,  # on the model's square
     dice: float = 1.,     # weight of the Dice term
+    cross_entropy: float = 1.,   # weight of the other
 ) -> dict[str, Tensor]:   # loss, ce, dice
     "Look at the annotated pictures, segment the questions, and compare."
     kept = net.look(batch.support, batch.support_masks)
-    return mask_loss(net(batch.query, kept), batch.query_masks, dice)
+    return mask_loss(net(batch.query, kept), batch.query_masks, dice, cross_entropy)
 
-# %% ../../nbs/8_relearn/82_image_phase.ipynb #2e2a2dc7
+# %% ../../nbs/8_relearn/82_image_phase.ipynb #937fa228
 def _groups(net, config):
     "Parameters with their rates: a gentle one for what is trained already."
     c, rise = config, min(20, config.steps - 1)
@@ -83,7 +85,7 @@ def train_images(
     net.train().pyramid.requires_grad_(config.backbone_lr > 0)
     def _loss(m, batch):
         keep_statistics(m.pyramid)
-        return episode_loss(m, batch, config.dice)
+        return episode_loss(m, batch, config.dice, config.cross_entropy)
     try: return fit(net, _loss, draw, _groups(net, config), config.steps, out, clip=config.clip,
                     seed=seed, device=device, desc="images", config=asdict(config), **options)
     finally: net.eval().pyramid.requires_grad_(True)
@@ -141,7 +143,7 @@ def ask_each(
 ) -> Overlap:             # on the pictures' own grid
     "Ask every question with a support of its own, and score the answers."
     if len(queries) != len(supports) or not len(queries): raise DataError(explain(
-        "supports", f"{len(supports)} for {len(queries)} questions", "one a question"))
+        "supports", f"{len(supports)} for {len(queries)} questions", "one per question"))
     found = [net.predict(x[None].to(net.device), net.support([a], [b]))[0].cpu() > .5
              for (x, _), (a, b) in zip(queries, supports)]
     return overlap_of(torch.stack(found), torch.stack([m for _, m in queries]))

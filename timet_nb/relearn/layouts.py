@@ -8,13 +8,14 @@ Docs: https://timet-nb.github.io/timet_nb/8_relearn/layouts.html.md"""
 __all__ = ['KTH_SLOW', 'KTH_FAST', 'DATASETS', 'Windows', 'moving_mnist', 'mnist_digits', 'taxibj', 'cut_windows', 'kth',
            'fit_frame', 'caltech', 'kitti']
 
-# %% ../../nbs/8_relearn/81_layouts.ipynb #689909e4
+# %% ../../nbs/8_relearn/81_layouts.ipynb #5ffefe78
 import gzip
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 import re
 
+from fastcore.basics import patch
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from ..data.catalog import natural_key
 from ..data.decode import read_image, resize
 from ..data.decode_video import VideoReader
 
-# %% ../../nbs/8_relearn/81_layouts.ipynb #0e926051
+# %% ../../nbs/8_relearn/81_layouts.ipynb #c6fb558d
 @dataclass(frozen=True)
 class Windows(torch.utils.data.Dataset):
     "Clips cut out of recordings; a frame is read when its clip is asked for."
@@ -34,12 +35,14 @@ class Windows(torch.utils.data.Dataset):
     frames: int              # of a clip, input and answer together
     given: int               # of them, the input
     notes: tuple[str, ...] = ()   # what a reader should know
+    mean: float = 0.         # taken off the values in units; 0 and 1 where these are in [0, 1]
+    std: float = 1.          # and they were divided by this
 
     def __len__(self): return len(self.starts)
 
     def __getitem__(self,
         i: int,              # number of the clip
-    ) -> Tensor:             # (T, C, H, W) float32 in [0, 1]
+    ) -> Tensor:             # (T, C, H, W) float32 in [0, 1], or with mean 0 and std 1 (weather)
         "Read one clip."
         recording, first = self.starts[i]
         clip = self.read(recording, first, self.frames)
@@ -49,6 +52,15 @@ class Windows(torch.utils.data.Dataset):
 
     def __repr__(self):
         return f"{self.name}: {len(self)} clips, {self.given} + {self.frames - self.given} frames"
+
+# %% ../../nbs/8_relearn/81_layouts.ipynb #76e01e11
+@patch
+def units(
+    self: Windows,
+    clip: Tensor,     # (..., C, H, W), of this data set or predicted
+) -> Tensor:          # the same in its own units: Kelvin for temperatures
+    "Undo the standardising."
+    return clip * self.std + self.mean
 
 # %% ../../nbs/8_relearn/81_layouts.ipynb #5fc65ca8
 def _found(root, *names):

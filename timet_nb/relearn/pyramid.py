@@ -43,7 +43,7 @@ def _check(pyramid):
 
 # %% ../../nbs/8_relearn/82_pyramid.ipynb #2a8a2257
 @patch
-def blocks(self: Pyramid) -> list[int]:   # one a level, ascending
+def blocks(self: Pyramid) -> list[int]:   # one per level, ascending
     "Blocks of a ViT that the levels are read from: equal parts, the last one at the end."
     return [round((i + 1) * self.backbone.depth / self.levels) - 1 for i in range(self.levels)]
 

@@ -139,7 +139,11 @@ def _object_maps(student, frames, support):
     full = F.interpolate(logits, frames.shape[2:], mode="bilinear", align_corners=False)
     return full.softmax(1)[:, 1].cpu()
 
-# %% ../../nbs/8_relearn/83_relearn.ipynb #476cec11
+# %% ../../nbs/8_relearn/83_relearn.ipynb #4c725bce
+def _check_threshold(threshold):
+    "Refuse what no probability, or each, is above; NaN as well."
+    if not 0 <= threshold <= 1: raise ConfigError(explain("threshold", threshold, "0 to 1"))
+
 def _decide(p, size, threshold):
     "A probability map as ids, at the size of its frame."
     full = F.interpolate(p[None, None], size, mode="bilinear", align_corners=False)[0, 0]
@@ -150,22 +154,26 @@ def segment(
     self: Relearned,
     video: Video,               # with its support
     overlap: int | None = None, # frames that windows share, 0..T-1; None: T // 2
-    threshold: float = .5,      # the object is where the probability is above it
+    threshold: float = .5,      # the object is where the probability is above it, 0 to 1
 ) -> Iterator[Tensor]:          # (H, W) int64 ids 0, 1 at each frame's own size
     "Segment a video, frame by frame."
+    _check_threshold(threshold)
     for size, p in zip(video.frames.sizes, self.student.probabilities(video, overlap)):
         yield _decide(p, size, threshold)
 
-# %% ../../nbs/8_relearn/83_relearn.ipynb #5c995395
+# %% ../../nbs/8_relearn/83_relearn.ipynb #d8229b35
 @torch.no_grad()
 def segment_images(
     net: FewShotNet,            # the image model, before relearning
     video: Video,               # with its support
-    threshold: float = .5,      # the object is where the probability is above it
-    batch: int = 8,             # frames at a time
+    threshold: float = .5,      # the object is where the probability is above it, 0 to 1
+    batch: int = 8,             # frames at a time, 1 or more
 ) -> Iterator[Tensor]:          # (H, W) int64 ids 0, 1 at each frame's own size
     "Segment a video frame by frame with the image model: what relearning starts from."
     _check_videos([video], net)
+    _check_threshold(threshold)
+    if not isinstance(batch, int) or batch < 1: raise ConfigError(explain(
+        "batch", repr(batch), "a whole number, 1 or more"))
     store, support = video.frames, net.support(video.images, video.masks)
     for i in range(0, len(store), batch):
         numbers = range(i, min(i + batch, len(store)))

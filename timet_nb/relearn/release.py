@@ -8,7 +8,7 @@ Docs: https://timet-nb.github.io/timet_nb/8_relearn/release.html.md"""
 __all__ = ['PRESETS', 'LEFT_OVER', 'Preset', 'count_weights', 'create_simvp', 'bare_state', 'tell_config', 'load_simvp',
            'save_simvp']
 
-# %% ../../nbs/8_relearn/81_release.ipynb #6446388b
+# %% ../../nbs/8_relearn/81_release.ipynb #30fdc22d
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ..base.runtime import CheckpointError, ConfigError, check_config, explain
 from ..features.checkpoints import load_header, load_state, save_state
-from ..features.keys import load_into
+from ..features.keys import compare, load_into
 from .simvp import Simvp, SimvpConfig
 
-# %% ../../nbs/8_relearn/81_release.ipynb #dd6f7a79
+# %% ../../nbs/8_relearn/81_release.ipynb #6738e438
 @dataclass(frozen=True)
 class Preset:
     "One published configuration: sizes, how it was trained, and what was reported."
@@ -30,11 +30,12 @@ class Preset:
     lr: float               # learning rate of Adam
     schedule: str           # "one-cycle" or "cosine"
     epochs: int             # of the shipped configuration
-    batch: int              # clips a step
+    batch: int              # clips per step
     params: int             # weights, counted
     reported: tuple[tuple[str, float], ...] = ()   # of OpenSTL's pages, at these epochs
+    warmup: int = 0         # of the epochs: those in which the learning rate rises, from 1e-5
 
-# %% ../../nbs/8_relearn/81_release.ipynb #1d1d4842
+# %% ../../nbs/8_relearn/81_release.ipynb #5e113432
 def _config(frames, channels, size, hid_s, hid_t, n_s, n_t, drop_path=.1):
     return SimvpConfig(frames, channels, size, hid_s, hid_t, n_s, n_t, drop_path=drop_path)
 
@@ -50,7 +51,7 @@ PRESETS = {   # out, lr, schedule, epochs, batch, weights, reported
     "mnist-cifar": Preset(_config(10, 3, (64, 64), 64, 512, 4, 8, 0.), 10, 5e-3, _ONE, 200, 16,
                           44_657_283, _scores(48.17, 177.35, .9539, 25.21)),
     "taxibj": Preset(_config(4, 2, (32, 32), 32, 256, 2, 8), 4, 5e-4, _COS, 50, 16,
-                     9_545_442, _scores(.3108, 14.93, .9848, 39.74)),
+                     9_545_442, _scores(.3108, 14.93, .9848, 39.74), warmup=5),
     "kth": Preset(_config(10, 1, (128, 128), 64, 256, 2, 6), 20, 1e-3, _ONE, 100, 16,
                   14_955_201, _scores(45.32, 421.7, .9086, 27.10)),
     "caltech": Preset(_config(10, 3, (128, 160), 64, 256, 2, 6), 1, 1e-2, _ONE, 100, 16,
@@ -88,7 +89,7 @@ def create_simvp(
         torch.manual_seed(seed)
         return Simvp(config)
 
-# %% ../../nbs/8_relearn/81_release.ipynb #d44e09b0
+# %% ../../nbs/8_relearn/81_release.ipynb #a31848aa
 def bare_state(
     state: Mapping,            # what a file held
 ) -> dict[str, Tensor]:        # the published names
@@ -96,13 +97,23 @@ def bare_state(
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(state.get(key), Mapping): return bare_state(state[key])
     out = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    for prefix in ("module.", "model.", "_orig_mod.", "method."):
-        if out and all(k.startswith(prefix) for k in out):
-            return bare_state({k.removeprefix(prefix): v for k, v in out.items()})
-    if "enc.enc.0.conv.conv.weight" in out: return out
-    raise CheckpointError(explain(
-        "checkpoint", f"names such as {', '.join(list(out)[:3]) or '(none)'}",
-        "a predictor's: enc.enc.*, hid.enc.*, dec.dec.*"))
+    wraps = [k.removesuffix(_FIRST) for k in out if ("." + k).endswith("." + _FIRST)]
+    if len(wraps) == 1: return {k.removeprefix(wraps[0]): v for k, v in out.items()
+                                if k.startswith(wraps[0])}
+    found = f"names such as {', '.join(list(out)[:3]) or '(none)'}"
+    if wraps: found = f"{len(wraps)} predictors, under {', '.join(w or '(nothing)' for w in wraps)}"
+    raise CheckpointError(explain("checkpoint", found,
+                                  "those of one predictor: enc.enc.*, hid.enc.*, dec.dec.*"))
+
+_FIRST = "enc.enc.0.conv.conv.weight"
+
+def _outside(state):
+    "Names of tensors beside those of the predictor."
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(state.get(key), Mapping): return _outside(state[key])
+    inside = set(bare_state(state))
+    return [k for k, v in state.items() if isinstance(v, Tensor)
+            and not any(k == n or k.endswith("." + n) for n in inside)]
 
 # %% ../../nbs/8_relearn/81_release.ipynb #29ba3f0e
 def _known_unit(state):
@@ -115,10 +126,10 @@ def _known_unit(state):
     if len(mixed) == 2 * mixed.shape[1]: return "gsta"
     return "tau"
 
-# %% ../../nbs/8_relearn/81_release.ipynb #50f26ce2
+# %% ../../nbs/8_relearn/81_release.ipynb #09ae3673
 def tell_config(
     state: Mapping[str, Tensor],   # published names
-) -> SimvpConfig:                  # sizes; rates and the size of frames are not kept in weights
+) -> SimvpConfig:                  # sizes; that of frames is of the preset with these widths
     "Read the sizes of a predictor off its weights."
     b = "hid.enc.0.block."; gate = b + "attn.spatial_gating_unit."
     unit, first = _known_unit(state), state["enc.enc.0.conv.conv.weight"]
@@ -127,14 +138,21 @@ def tell_config(
     dilation = (state[gate + "conv0.weight"].shape[-1] + 1) // 2
     both = gate + "fc.0.weight" in state or unit == "gsta"
     next_ = state.get("hid.enc.0.reduction.weight")
-    return SimvpConfig(
+    config = SimvpConfig(
         stack // len(first), first.shape[1], hid_s=len(first),
         hid_t=stack if next_ is None else len(next_), n_s=count("enc.enc.", "conv.conv.weight"),
         n_t=count("hid.enc.", "block.layer_scale_1"), mlp_ratio=hidden / stack,
         kernel=dilation * state[gate + "conv_spatial.weight"].shape[-1], unit=unit,
         halves="both" if both else "statical")
+    return replace(config, size=_published_size(config) or config.size)
 
-# %% ../../nbs/8_relearn/81_release.ipynb #09544687
+def _published_size(config):
+    "The (H, W) of the presets with these widths, where they agree on one; else None."
+    widths = lambda c: (c.frames, c.channels, c.hid_s, c.hid_t, c.n_s, c.n_t)
+    sizes = {p.config.size for p in PRESETS.values() if widths(p.config) == widths(config)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+# %% ../../nbs/8_relearn/81_release.ipynb #d85275a1
 LEFT_OVER = ("num_batches_tracked", "total_ops", "total_params")   # ends of names that do no harm
 
 def _load_all(model, state, source):
@@ -145,14 +163,16 @@ def _load_all(model, state, source):
         source, f"{len(extra)} tensors more than its network has: {', '.join(extra[:6])}",
         "the tensors of one predictor, and no others",
         "another network? If they are not part of it, save the file without them"))
+    own = model.state_dict()           # counters that a file may lack: those of a new model
+    state = {k: v for k, v in own.items() if k.endswith(LEFT_OVER)} | dict(state)
+    compare(model, state, source).require(1.)
     model.report = load_into(model, state, source=source)
-    model.report.require(1.)
 
-# %% ../../nbs/8_relearn/81_release.ipynb #e6bb272e
+# %% ../../nbs/8_relearn/81_release.ipynb #dd3ca21c
 def load_simvp(
     path: str | Path | Mapping,    # a file, or its content
     frames: int | None = None,     # the T that you mean to use; None: that of the file
-) -> Simvp:                        # in eval mode; `.report` says what was loaded
+) -> Simvp:                        # in eval mode; `.report` and `.notes` say what was loaded
     "Load a published predictor; its sizes come from its weights."
     source = "weights" if isinstance(path, Mapping) else Path(path).name
     held = path if isinstance(path, Mapping) else load_state(path)
@@ -164,6 +184,10 @@ def load_simvp(
         "T is baked into norms and depthwise kernels; roll_out gives other lengths of answer"))
     model = Simvp(config)
     _load_all(model, state, source)
+    model.notes = tuple(f"{source}: {k}: not of the predictor, left out" for k in _outside(held))
+    if "config" not in header and _published_size(config) is None: model.notes += (
+        f"{source}: the size of frames is not in the file, and no preset has these widths: "
+        f"{config.size[0]}x{config.size[1]} assumed, give --size",)
     return model.eval()
 
 # %% ../../nbs/8_relearn/81_release.ipynb #40c15eed

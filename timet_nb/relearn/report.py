@@ -73,7 +73,7 @@ def _joined(found):
 # %% ../../nbs/8_relearn/83_report.ipynb #8bbd80ba
 def write_tinted(
     frames: Iterable[Tensor],   # (3, H, W) RGB in [0, 1]
-    masks: Iterable[Tensor],    # (H, W) ids, one a frame
+    masks: Iterable[Tensor],    # (H, W) ids, one per frame
     folder: Path,               # where 00000.jpg, 00001.jpg, ... go
 ) -> int:                       # pictures written
     "Write frames with their masks tinted, one by one."
@@ -84,7 +84,7 @@ def write_tinted(
         write_image(Path(folder) / f"{n - 1:05d}.jpg", mixed)
     return n
 
-# %% ../../nbs/8_relearn/83_report.ipynb #b905353b
+# %% ../../nbs/8_relearn/83_report.ipynb #ba1d6603
 @dataclass(frozen=True)
 class Row:
     "What became of one video."
@@ -96,12 +96,14 @@ class Row:
     marked_after: int        # the same, relearned
     share_before: float      # marked part of the picture in [0, 1], mean over frames, image model
     share_after: float       # the same, relearned
-    dice_before: float | None = None   # mean over the frames with a mask, support left out
+    dice_before: float | None = None   # mean over frames with a mask that count; no support
     dice_after: float | None = None    # the same, relearned
     iou_before: float | None = None    # the same, IoU
     iou_after: float | None = None     # the same, relearned
+    counted_before: int | None = None  # frames that these means are over: shown or marked
+    counted_after: int | None = None   # the same, relearned: a frame marked anew counts anew
 
-# %% ../../nbs/8_relearn/83_report.ipynb #82ec0c71
+# %% ../../nbs/8_relearn/83_report.ipynb #1878acc3
 def told(
     row: Row,        # of one video
 ) -> list[str]:      # lines for a terminal
@@ -109,12 +111,18 @@ def told(
     of = lambda s, m: f"{s:.3f}" if m else "-"
     steady = (f"steadiness {of(row.steady_before, row.marked_before)} -> "
               f"{of(row.steady_after, row.marked_after)}")
-    dice = "" if row.dice_before is None else (f", Dice {row.dice_before:.3f} -> "
-                                               f"{row.dice_after:.3f}")
+    dice = _told_dice(row.dice_before, row.dice_after, row.counted_before, row.counted_after)
     part = lambda m, s: f"marked in {m} of {count(row.frames, 'frame')}, {s:.1%} of the picture"
     return [f"{row.video}: {count(row.frames, 'frame')}, {steady}{dice}",
             f"  before: {part(row.marked_before, row.share_before)}",
             f"  after: {part(row.marked_after, row.share_after)}", *_warnings(row)]
+
+def _told_dice(before, after, counted, counted_after):
+    "Dice before and after, each for itself; over how many frames, where the two differ."
+    if before is None and after is None: return ""
+    of = lambda d: "-" if d is None else f"{d:.3f}"
+    over = f" (means of {counted} and {counted_after} frames)" if counted != counted_after else ""
+    return f", Dice {of(before)} -> {of(after)}{over}"
 
 def _warnings(row):
     "What is odd about an answer."

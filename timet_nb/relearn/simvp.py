@@ -7,9 +7,11 @@ Docs: https://timet-nb.github.io/timet_nb/8_relearn/simvp.html.md"""
 # %% auto #0
 __all__ = ['SimvpConfig', 'ConvUnit', 'Encoder', 'Decoder', 'TranslatorBlock', 'Translator', 'Simvp', 'roll_out', 'chunks']
 
-# %% ../../nbs/8_relearn/81_simvp.ipynb #35f68a77
+# %% ../../nbs/8_relearn/81_simvp.ipynb #b0af5028
 from collections.abc import Iterator
 from dataclasses import dataclass
+import math
+from numbers import Integral, Real
 
 import torch
 from fastcore.basics import patch
@@ -19,13 +21,13 @@ from torch.nn import functional as F
 from ..base.runtime import ConfigError, DataError, explain
 from .tau import TauBlock, drop_rates
 
-# %% ../../nbs/8_relearn/81_simvp.ipynb #28308ab0
+# %% ../../nbs/8_relearn/81_simvp.ipynb #ff3e6a74
 @dataclass(frozen=True)
 class SimvpConfig:
     "Sizes of a predictor; the clip length is one of them."
     frames: int = 10          # T, in and out
     channels: int = 1         # C of a frame
-    size: tuple[int, int] = (64, 64)   # (H, W) that it was made for; others work
+    size: tuple[int, int] = (64, 64)   # (H, W) that it was made for, or a side; others work
     hid_s: int = 64           # channels of a frame inside
     hid_t: int = 512          # channels of the stack of frames
     n_s: int = 4              # units of encoder and of decoder, even
@@ -40,25 +42,44 @@ class SimvpConfig:
     pad: bool = False         # pad frames whose sides do not divide, and cut the answer
     official: bool = False    # stochastic depth begins at .01 even where drop_path is 0
 
-    def __post_init__(self): _check_sizes(self)
+    def __post_init__(self):
+        if _whole(self.size): object.__setattr__(self, "size", (self.size, self.size))
+        if isinstance(self.size, list): object.__setattr__(self, "size", tuple(self.size))
+        _check_sizes(self)
 
-# %% ../../nbs/8_relearn/81_simvp.ipynb #eafa07eb
+# %% ../../nbs/8_relearn/81_simvp.ipynb #79ce1a71
 @patch(as_prop=True)
 def stride(self: SimvpConfig) -> int:   # pixels
     "Say how many pixels a cell is wide: two units halve the sides once."
     return 2 ** (self.n_s // 2)
 
+def _whole(x, least=1):
+    "Whether a value is a whole number, and not below `least`; True is none."
+    return isinstance(x, Integral) and not isinstance(x, bool) and x >= least
+
+def _real(x):
+    "A number; NaN, which fails every comparison, for what is none."
+    return x if isinstance(x, Real) and not isinstance(x, bool) else math.nan
+
+# %% ../../nbs/8_relearn/81_simvp.ipynb #7032011f
 def _check_sizes(c):
     "Refuse sizes that cannot work, or that would quietly mean something else."
-    def _refuse(name, wanted, todo=""):
-        raise ConfigError(explain(name, getattr(c, name), wanted, todo))
-    if c.frames < 1: _refuse("frames", "1 or more")
-    if c.n_s < 2 or c.n_s % 2: _refuse(
-        "n_s", "an even number, 2 or more", "the shipped code quietly makes one less of an odd one")
-    if c.hid_s < 2 or c.hid_s % 2: _refuse("hid_s", "an even number: a norm works on 2 groups")
-    if c.n_t < 2: _refuse("n_t", "2 or more: one block goes in, one comes out")
-    if c.mlp_ratio < 1: _refuse("mlp_ratio", "1 or more")
-    if c.unit != "tau" and c.halves != "both": _refuse("halves", "'both' for this unit")
+    def _need(good, name, wanted, todo=""):
+        if not good: raise ConfigError(explain(name, repr(getattr(c, name)), wanted, todo))
+    pair = isinstance(c.size, tuple) and len(c.size) == 2 and all(map(_whole, c.size))
+    _need(pair, "size", "(H, W) in pixels, or one side")
+    for name in ("frames", "channels", "hid_t", "kernel"):
+        _need(_whole(getattr(c, name)), name, "a whole number, 1 or more")
+    _need(_whole(c.n_s, 2) and c.n_s % 2 == 0, "n_s", "an even number, 2 or more",
+          "the shipped code quietly makes one less of an odd one")
+    _need(_whole(c.hid_s, 2) and c.hid_s % 2 == 0, "hid_s",
+          "an even number: a norm works on 2 groups")
+    _need(_whole(c.n_t, 2), "n_t", "2 or more: one block goes in, one comes out")
+    _need(1 <= _real(c.mlp_ratio) < math.inf, "mlp_ratio", "1 or more")
+    for name in ("drop", "drop_path"):
+        _need(0 <= _real(getattr(c, name)) < 1, name, "a share in [0, 1)")
+    _need(math.isfinite(_real(c.scale)), "scale", "a finite number")
+    _need(c.unit == "tau" or c.halves == "both", "halves", "'both' for this unit")
 
 # %% ../../nbs/8_relearn/81_simvp.ipynb #028980f4
 class _Conv(nn.Module):

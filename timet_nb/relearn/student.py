@@ -7,9 +7,10 @@ Docs: https://timet-nb.github.io/timet_nb/8_relearn/student.html.md"""
 # %% auto #0
 __all__ = ['RelearnConfig', 'Student']
 
-# %% ../../nbs/8_relearn/83_student.ipynb #2c29315d
+# %% ../../nbs/8_relearn/83_student.ipynb #03e753ed
 import copy
 from dataclasses import dataclass, field
+from math import inf
 
 from fastcore.basics import patch
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..base.runtime import CheckpointError, ConfigError, DataError, check_config, explain
 from ..data.catalog import count
-from .fewshot import FewShotNet, Support
+from .fewshot import FewShotNet, Support, check_numbers
 from .losses import ConsistencyConfig
 from .tau import TauBlock
 
@@ -28,7 +29,7 @@ class RelearnConfig:
     T: int = 5                # frames of a clip: baked into the TAU block; short, and with a middle
     gap: int = 1              # frames from one of a clip to the next; 1: "consecutive"
     steps: int = 60           # optimiser steps
-    clips: int = 2            # a step; more give the block's batch norms something to average
+    clips: int = 2            # per step; more give the block's batch norms something to average
     lr: float = 1e-4          # of backbone, mixers and neck: small, the teacher is near
     tau_lr: float = 1e-3      # of the TAU block, which is new
     weight_decay: float = 0.  # the teacher is the anchor, not zero
@@ -46,16 +47,13 @@ class RelearnConfig:
             self, "losses", ConsistencyConfig(**check_config(ConsistencyConfig, self.losses)))
         _check_relearn(self)
 
-# %% ../../nbs/8_relearn/83_student.ipynb #5c4fecbd
+# %% ../../nbs/8_relearn/83_student.ipynb #b5bf7cce
 def _check_relearn(c):
     "Refuse settings that have no meaning."
-    if c.T < 2 or min(c.gap, c.steps, c.clips) < 1: raise ConfigError(explain(
-        "T, gap, steps, clips", (c.T, c.gap, c.steps, c.clips), "T >= 2, the rest >= 1"))
-    if min(c.lr, c.tau_lr, c.weight_decay) < 0 or not c.clip > 0: raise ConfigError(explain(
-        "lr, tau_lr, weight_decay, clip", (c.lr, c.tau_lr, c.weight_decay, c.clip),
-        "rates of 0 or more, clip above 0"))
-    if c.scale < 0 or not c.mlp_ratio > 0: raise ConfigError(explain(
-        "scale, mlp_ratio", (c.scale, c.mlp_ratio), "scale of 0 or more, mlp_ratio above 0"))
+    check_numbers(c, "T gap steps clips", "lr tau_lr weight_decay scale")
+    if c.T < 2: raise ConfigError(explain("T", c.T, "T >= 2: neighbours are compared"))
+    if not c.clip > 0 or not 0 < c.mlp_ratio < inf: raise ConfigError(explain(
+        "clip, mlp_ratio", (c.clip, c.mlp_ratio), "clip above 0, mlp_ratio above 0"))
     for name, known in (("statistics", ("kept", "learned")), ("head", ("frozen", "learned"))):
         if getattr(c, name) not in known: raise ConfigError(explain(
             name, repr(getattr(c, name)), " or ".join(known)))

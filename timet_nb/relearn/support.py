@@ -7,7 +7,7 @@ Docs: https://timet-nb.github.io/timet_nb/8_relearn/support.html.md"""
 # %% auto #0
 __all__ = ['MOST_VALUES', 'GENERATED', 'as_object', 'read_annotation', 'read_support', 'image_sets']
 
-# %% ../../nbs/8_relearn/83_support.ipynb #8ff4afaa
+# %% ../../nbs/8_relearn/83_support.ipynb #7b365647
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..data.decode import decode_picture, fault, file_bytes, read_image
 from ..data.decode_masks import read_mask
 from ..data.endoscopy import EndoscopyImages, EndoscopyWorld
 from ..data.medical import find_medical
-from ..data.medical_read import Pair, cut_levels, same_size
+from ..data.medical_read import Pair, cut_levels, mask_levels, same_size
 from ..data.ultrasound import UltrasoundImages, UltrasoundWorld
 from .frames import named_path
 
@@ -48,7 +48,7 @@ def as_object(
     "Take several objects as one."
     return torch.where(ids == 255, 255, (ids > 0).long())
 
-# %% ../../nbs/8_relearn/83_support.ipynb #8c269670
+# %% ../../nbs/8_relearn/83_support.ipynb #08d5a480
 def read_annotation(
     mask: str | Path,                  # a mask file
     picture: str | Path | None = None, # its picture: the mask is turned as that is
@@ -60,9 +60,20 @@ def read_annotation(
     except DataError:
         if not _is_grey(mask): raise
         ids, soft = read_mask(mask, kind="ids", exif_from=picture), True
-    if not soft and len(ids.unique()) <= MOST_VALUES: return as_object(ids)
+    if not soft and len(ids.unique()) <= MOST_VALUES: return _numbers(ids, mask, notes)
     return _cut(ids, mask, notes)
 
+def _numbers(ids, mask, notes):
+    "Ids, of which 255 is unknown; or white on black with a broad grey edge, which is cut at half."
+    rest, unknown = ids[(ids > 0) & (ids != 255)], int((ids == 255).sum())
+    if not len(rest) or not unknown: return as_object(ids)
+    white = unknown > len(rest) and int(rest.max()) >= 16 and _is_grey(mask)
+    if notes is not None: notes.append(
+        f"{mask}: grey between black and white, cut at half" if white else
+        f"{mask}: 255 = unknown, in {count(unknown, 'pixel')} beside numbers of objects")
+    return cut_levels(ids.float(), None, mask, notes) if white else as_object(ids)
+
+# %% ../../nbs/8_relearn/83_support.ipynb #3f8809c6
 def _cut(ids, mask, notes):
     "Grey levels cut at half, if they are a mask with soft edges."
     n = len(ids.unique())
@@ -72,7 +83,7 @@ def _cut(ids, mask, notes):
     if notes is not None: notes.append(f"{mask}: {n} grey levels, a soft edge, cut at half")
     return cut_levels(ids.float() / (257 if ids.max() > 255 else 1), None, mask, notes)
 
-# %% ../../nbs/8_relearn/83_support.ipynb #d623daa6
+# %% ../../nbs/8_relearn/83_support.ipynb #a37c31d3
 def read_support(
     pairs: Sequence,             # (picture file, mask file) of each annotated picture
     notes: list | None = None,   # collects what had to be repaired
@@ -84,10 +95,13 @@ def read_support(
         same_size(mask, m.shape, x.shape[1:], picture)
         if not bool((m == 1).any()): raise fault(
             mask, "no object: every pixel is 0 or 255", "a mask with an object")
+        if not bool((m == 0).any()): raise fault(
+            mask, "nothing but the object: no pixel is background", "a mask with both",
+            "is it white, with the mask in its transparency? Save it without: white on black")
         images.append(x); masks.append(m)
     return images, masks
 
-# %% ../../nbs/8_relearn/83_support.ipynb #9414f874
+# %% ../../nbs/8_relearn/83_support.ipynb #7e164429
 GENERATED = ("ultrasound", "endoscopy")
 
 def image_sets(
@@ -98,13 +112,20 @@ def image_sets(
 ) -> list:                 # sequences of (image (3, size, size), mask (size, size))
     "Open annotated images: what the image phase draws its episodes from."
     organs = ("breast", "thyroid", "ovary")
-    if source == "ultrasound": return [
+    if str(source) == "ultrasound": return [
         UltrasoundImages(UltrasoundWorld(o, size, seed=1), n) for o in organs]
-    if source == "endoscopy": return [EndoscopyImages(EndoscopyWorld("laryngeal", size, seed=1), n)]
+    if str(source) == "endoscopy": return [
+        EndoscopyImages(EndoscopyWorld("laryngeal", size, seed=1), n)]
     root = named_path(source, "a folder of annotated images")
-    found = [_as_pictures(s, [] if notes is None else notes) for s in _sets_in(root)]
-    return [s.images((size, size)) for s in found]
+    if root.is_file(): raise fault(root, "a file", "a folder of annotated images",
+        "pictures X.png with masks X_mask.png; one picture and its mask are a --support")
+    notes = [] if notes is None else notes
+    found = [_as_pictures(s, notes) for s in _sets_in(root)]
+    sets = [s.images((size, size)) for s in found]
+    for s, images in zip(found, sets): _check_masks(s.root.name, images, notes)
+    return sets
 
+# %% ../../nbs/8_relearn/83_support.ipynb #14b155c3
 def _sets_in(root):
     "The medical set that a folder is, or those of the folders in it: all of them, or an error."
     try: return [find_medical(root)]
@@ -116,10 +137,34 @@ def _sets_in(root):
     if len(wrong) > 1: raise wrong[1]
     return found
 
-# %% ../../nbs/8_relearn/83_support.ipynb #3e85376c
+# %% ../../nbs/8_relearn/83_support.ipynb #e5f885b5
+def _check_masks(name, images, notes):
+    "Note empty masks, full ones and photographs of a set; refuse a set that has nothing else."
+    n, masks = len(images), [images[i][1] == 1 for i in range(len(images))]
+    odd = {"show no object": sum(not m.any() for m in masks),
+           "mark every pixel": sum(bool(m.all()) for m in masks),
+           "look like photographs": sum(any(map(_is_photo, p.masks)) for p in images.items)}
+    for what, k in odd.items():
+        if k == n: raise DataError(explain(
+            name, f"{count(n, 'mask')}, which all {what}", "masks of an object and its background",
+            "are these the masks? Save them as PNG: 0 on the background, 255 on the object"))
+        if k: notes.append(f"{name}: {k} of {count(n, 'mask')} {what}")
+
+def _is_photo(path):
+    "Whether a mask has many values, in colours or in greys, and is not black and white."
+    if Path(path).suffix.lower() == ".xml": return False
+    if _is_grey(path):
+        levels = mask_levels(path)[0].round()
+        return len(levels.unique()) > MOST_VALUES and not _has_edges(levels)
+    a = np.asarray(decode_picture(file_bytes(path, "a mask"), path, "a mask").convert("RGB")) >> 4
+    colours = np.bincount((a.astype(np.int64) @ [1, 16, 256]).ravel())
+    return int((colours > a[..., 0].size / 1e4).sum()) > MOST_VALUES
+
+# %% ../../nbs/8_relearn/83_support.ipynb #ebbb24da
 def _as_pictures(found, notes):
     "A set whose annotated frames are pictures, where it has only films; its notes are handed on."
-    for n in found.notes: notes.append(f"{found.root.name}: {n}")
+    for n in found.notes:             # without the words of Python: this may be a shell
+        notes.append(f"{found.root.name}: {n.replace('; normal=True takes them', '')}")
     if found.items: return found
     pairs = tuple(Pair(v.files[i], (m,), f"{v.name}/{i}", v.name) for v in found.videos
                   for i, m in v.masks.items() if v.files and isinstance(m, Path))

@@ -31,10 +31,10 @@ def kernel_sizes(
                                   "a kernel at least as large as the dilation"))
     return 2 * dilation - 1, second
 
-# %% ../../nbs/8_relearn/80_tau.ipynb #101bcac4
+# %% ../../nbs/8_relearn/80_tau.ipynb #4750593c
 def squeeze_width(
     dim: int,                   # channels T * C
-    ratio: int | None = None,   # channels a hidden unit; None: the shipped rule
+    ratio: int | None = None,   # channels per hidden unit; None: the shipped rule
 ) -> int:                       # hidden units, >= 1
     "Count the hidden units between the two layers of the squeeze."
     width = dim // (max(dim // 16, 4) if ratio is None else ratio)
@@ -205,12 +205,12 @@ class DropPath(nn.Module):
         keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.p
         return x * (keep / (1 - self.p)).to(x.dtype)
 
-# %% ../../nbs/8_relearn/80_tau.ipynb #a55e1272
+# %% ../../nbs/8_relearn/80_tau.ipynb #580e0cfa
 def drop_rates(
     n: int,                  # blocks
     last: float = 0.,        # chance in the last block
     official: bool = False,  # begin at .01 whatever `last` is, as the shipped code does
-) -> list[float]:            # one a block, in a straight line
+) -> list[float]:            # one per block, in a straight line
     "Spread stochastic depth over the blocks: little at first, most at the end."
     first = .01 if official else min(.01, last)
     return [first + (last - first) * i / max(n - 1, 1) if n > 1 else last for i in range(n)]
