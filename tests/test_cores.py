@@ -128,6 +128,7 @@ INTERRUPTED = """
     import os, signal, sys, torch
     from timet_nb.base.cores import every_core
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's background job inherits "ignore"
     def job(k):
         print(os.getpid(), flush=True)
         while True: signal.pause()
