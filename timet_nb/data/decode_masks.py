@@ -115,14 +115,7 @@ def clip_colours(
     times = tuple(os.stat(p).st_mtime_ns if os.path.exists(p) else 0 for p in paths)
     return _colours_of(paths, times) if paths else None
 
-# %% ../../nbs/1_data/11_decode_masks.ipynb #b0dff3b3
-def _turn_of_frame(frame, shape):
-    "The frame's orientation, unless the shape of the mask says that it is upright already."
-    data = file_bytes(frame)
-    turn, stored = exif_orientation(data), open_picture(data, frame).size[::-1]
-    upright = stored[::-1] if turn >= 5 else stored
-    return 1 if shape == upright != stored else turn
-
+# %% ../../nbs/1_data/11_decode_masks.ipynb #8fff2bb1
 def _grey_palette(im, a, kind):
     "Levels of a picture whose palette is nothing but greys, or None where its numbers may be ids."
     lut = np.asarray(im.getpalette("RGB"), np.int64).reshape(-1, 3)
@@ -133,6 +126,14 @@ def _grey_palette(im, a, kind):
     edge = len(used) > 2 and min(levels) == 0 and max(levels) > 200
     soft = edge and _soft(v, np.setdiff1d(levels, (0, 255)))
     return v if as_it_is or soft or two and kind != "ids" else None
+
+# %% ../../nbs/1_data/11_decode_masks.ipynb #79b285fa
+def _turn_of_frame(frame, shape):
+    "The frame's orientation, unless the shape of the mask says that it is upright already."
+    data = file_bytes(frame)
+    turn, stored = exif_orientation(data), open_picture(data, frame).size[::-1]
+    upright = stored[::-1] if turn >= 5 else stored
+    return 1 if shape == upright != stored else turn
 
 def _mask_array(im, kind, path, colours, notes):
     "(H, W) ids of a decoded Pillow image."
